@@ -1,0 +1,63 @@
+"""Cross-rank operations. On one process each is the identity, so the same line serves a laptop and a cluster."""
+
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def rank() -> int:
+    """Index of this process, 0 on one process."""
+    return td.get_rank() if td.is_available() and td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 on one process."""
+    return td.get_world_size() if td.is_available() and td.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums the gradients of every rank and keeps the local rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        return _all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        td.all_reduce(grad)
+        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    td.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def gather(x: Tensor, *, grad: bool = True) -> Tensor:
+    """(B, ...) -> (world * B, ...) in rank order. With `grad` the gradient flows back to the rank that owns a row.
+
+    Every rank must bring the same number of rows.
+    """
+    if world_size() == 1:
+        return x
+    return _Gather.apply(x) if grad else _all_gather(x.detach())
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of `x` over ranks, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().clone()
+    td.all_reduce(x)
+    return x / world_size()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        td.barrier()

@@ -1,0 +1,75 @@
+"""The types that parts agree on: what a batch holds, what a backbone and a training step give back.
+
+Letters used in every docstring: B batch, C H W image, V views, L query length, S key length, N patches, K kept
+patches, P prefix tokens, D model width, E shared embedding width, Dh head width, T F audio frames and mel bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ssl_lab.nn.mask import AttnMask
+
+Pooling = Literal["cls", "mean", "last"]
+
+
+class Batch(TypedDict, total=False):
+    """Named tensors of one training or evaluation batch; a method reads the keys it needs."""
+
+    image: Tensor  # (B, C, H, W) float, normalised
+    views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
+    target: Tensor  # (B,) int64 class
+    index: Tensor  # (B,) int64 row in the data set
+    position: Tensor  # (B,) int64 place in the endless training stream
+
+
+@dataclass(slots=True)
+class Step:
+    """What a training step gives back: a scalar loss and the values to log beside it."""
+
+    loss: Tensor
+    logs: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """What every backbone gives back.
+
+    `tokens` (B, L, D) are normed and without the prefix; `prefix` (B, P, D) holds class and register tokens (P may be
+    0); `valid` (B, L) marks real tokens; `hidden` holds the outputs (B, P + L, D) of the layers that were asked for.
+    """
+
+    tokens: Tensor
+    prefix: Tensor
+    valid: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def pooled(self, how: Pooling | None = None) -> Tensor:
+        """(B, D): class token, mean over valid tokens, or last valid token. None = cls if there is one, else mean."""
+        from ssl_lab.nn.pool import pool
+
+        return pool(self, how)
+
+
+class Backbone(Protocol):
+    """Anything that turns one modality into tokens; `dim` is their width D."""
+
+    dim: int
+
+    def __call__(
+        self, x: Tensor, *, keep: Tensor | None = None, mask: "AttnMask" = ..., layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Encode `x`; `keep` (B, K) int64 selects tokens before the blocks, `layers` asks for hidden states."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A method whose frozen features can be judged: kNN, linear probe, collapse measures."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, D) features of `batch["image"]`."""
+        ...
