@@ -1,0 +1,1 @@
+"""Attention kernels. `eager` is the definition; every other one is tested against it."""

@@ -1,0 +1,117 @@
+"""Vision Transformer (Dosovitskiy et al., 2020, arXiv:2010.11929), with class and register tokens and masked encoding."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
+from ssl_lab.nn.embed import PatchEmbed, sincos_2d
+from ssl_lab.nn.mask import FULL, AttnMask
+from ssl_lab.nn.masking import take
+from ssl_lab.types import Encoded
+
+layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+class ViT(Transformer):
+    """Image (B, C, H, W) -> `Encoded`: patches, positions, [class, registers], blocks, norm.
+
+    Args:
+        dim: width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        image_size: side in pixels that the position table is made for; other sizes resample it on the fly.
+        patch_size: side of a patch.
+        in_chans: image channels C.
+        cls_token: prepend a class token (it has a position, as in timm).
+        num_registers: register tokens after it, without position (arXiv:2309.16588).
+        positions: learned table, or MAE's fixed sin-cos table.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        block: recipe of a block, called with (dim, num_heads, layer=, drop_path=, norm=).
+        weights: start from these, see `ssl_lab.weights.io.load`.
+    """
+
+    def __init__(
+        self,
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        *,
+        image_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        cls_token: bool = True,
+        num_registers: int = 0,
+        positions: Literal["learned", "sincos"] = "learned",
+        drop_path: float = 0.0,
+        block: Callable[..., Block] = encoder_block,
+        weights: str | None = None,
+    ) -> None:
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        super().__init__(
+            lambda layer: block(dim, num_heads, layer=layer, drop_path=rates[layer], norm=layer_norm),
+            depth,
+            dim,
+            norm=layer_norm,
+        )
+        self.dim, self.grid = dim, (image_size // patch_size, image_size // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if cls_token else None
+        self.registers = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
+        table = sincos_2d(dim, self.grid, prefix=int(cls_token))[None]
+        self.pos_embed = nn.Parameter(table, requires_grad=positions == "learned")
+        self.pretrained = weights is not None
+        self.init_weights()
+        if weights is not None:
+            from ssl_lab.weights.io import load
+
+            load(self, weights)
+
+    def init_weights(self) -> None:
+        """timm's default: Linear and positions normal(0.02), biases 0, class token normal(1e-6), torch's own for patches."""
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.registers):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        if self.pos_embed.requires_grad:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class and registers."""
+        return int(self.cls_token is not None) + (0 if self.registers is None else self.registers.shape[1])
+
+    def forward(
+        self, x: Tensor, *, keep: Tensor | None = None, mask: AttnMask = FULL, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded."""
+        patches, grid = self.patch_embed.patches(x)
+        prefix_positions, positions = self._positions(grid)
+        positions = positions.expand(len(x), -1, -1)
+        if keep is not None:
+            patches, positions = take(patches, keep), take(positions, keep)
+        tokens = self.patch_embed(patches) + positions
+        prefix = [t.expand(len(x), -1, -1) for t in self._prefix(prefix_positions)]
+        out, hidden = self.encode(torch.cat([*prefix, tokens], 1), Context(mask=mask), layers)
+        out = self.norm(out)
+        return Encoded(out[:, self.num_prefix :], out[:, : self.num_prefix], hidden=hidden)
+
+    def _prefix(self, positions: Tensor) -> list[Tensor]:
+        tokens = [] if self.cls_token is None else [self.cls_token + positions]
+        return tokens if self.registers is None else [*tokens, self.registers]
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Table of the prefix (1, 0 | 1, D) and of the patches (1, N, D), resampled to `grid` if need be."""
+        prefix = int(self.cls_token is not None)
+        table = self.pos_embed
+        if grid != self.grid:
+            table = resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=prefix)
+        return table[:, :prefix], table[:, prefix:]

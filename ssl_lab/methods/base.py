@@ -1,0 +1,80 @@
+"""The one place that knows Lightning's hooks. A method says `step`, and what it can do; nothing else of training."""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_lab import dist
+from ssl_lab.rng import fold
+from ssl_lab.train.optim import Optim
+from ssl_lab.train.parallel import Parallel
+from ssl_lab.types import Batch, Step
+
+
+class Method(L.LightningModule):
+    """A network and its objective. Subclasses write `step`, and where needed `after_step` and `param_groups`.
+
+    They override no other hook, never log and never touch the trainer, so a method is tested with
+    `method.step(batch, 0.5).loss.backward()` and trained with `L.Trainer(max_steps=...).fit(method, data)`.
+
+    Attributes:
+        optim: optimizer and schedules; the command line sets it from YAML.
+        parallel: compilation and activation checkpointing.
+        seed: every random number of a step comes from (seed, global step, micro-batch, rank).
+        samples_per_step: global batch times accumulation, for the scaling of the learning rate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optim, self.parallel = Optim(), Parallel()
+        self.seed, self.samples_per_step = 0, 256
+
+    def step(self, batch: Batch, progress: float) -> Step:
+        """Loss of one batch at `progress` in [0, 1] through training."""
+        raise TypeError(f"{type(self).__name__} must define step(batch, progress)")
+
+    def after_step(self, progress: float) -> None:
+        """Called once per optimizer step: a teacher's update, a clamp."""
+
+    def param_groups(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Named parameters to train; those that need no gradient are left out by the optimizer."""
+        return self.named_parameters()
+
+    # ---- Lightning's side; no method overrides what follows
+
+    @property
+    def progress(self) -> float:
+        """Share of the optimizer steps done."""
+        total = self.trainer.max_steps
+        return min(1.0, self.global_step / total) if total and total > 0 else 0.0
+
+    def configure_model(self) -> None:
+        self.parallel(self)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optim.build(self.param_groups(), self.samples_per_step)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        seed = fold(self.seed, self.global_step, micro, dist.rank())
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # timm's Mixup draws from it
+        random.seed(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        step = self.step(batch, self.progress)
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            logs = {"train/loss": step.loss.detach(), **{f"train/{k}": v for k, v in step.logs.items()}}
+            self.log_dict(logs, sync_dist=dist.world_size() > 1)
+        return step.loss
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        progress = self.progress
+        self.optim.update(optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer, progress)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step(progress)

@@ -1,0 +1,119 @@
+"""The one door that every attention goes through: pick a kernel, check that it can serve, run it."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssl_lab.errors import UserError
+from ssl_lab.nn.kernels.eager import eager
+from ssl_lab.nn.kernels.flex import flex
+from ssl_lab.nn.kernels.sdpa import BACKENDS, sdpa
+from ssl_lab.nn.mask import FULL, AttnMask
+
+Kernel = Callable[[Tensor, Tensor, Tensor, AttnMask, float, float], Tensor]
+
+KERNELS: dict[str, Kernel] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    **{name: functools.partial(sdpa, backend=name) for name in BACKENDS},
+    "flex": flex,
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttnMask = FULL,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    kernel: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention, (B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); H is a multiple of Hkv.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: who may attend to whom; a query without any key gives 0.
+        scale: factor on the scores, Dh ** -0.5 by default.
+        dropout_p: probability of dropping an attention weight.
+        kernel: a name of `KERNELS`, or "auto" (see `choose`).
+
+    Raises:
+        UserError: the kernel named explicitly cannot serve these tensors.
+    """
+    if torch.is_autocast_enabled(q.device.type):  # q and k leave a norm or a rotation in float32
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if kernel == "auto":
+        kernel = choose(q, k, mask, dropout_p)
+    elif not torch.compiler.is_compiling():
+        check(kernel, dtype=q.dtype, device=q.device, head_dim=q.shape[-1], mask=mask, dropout_p=dropout_p)
+    return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
+
+
+def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0) -> str:
+    """The kernel of "auto": a fixed rule from measurements, never timed, so a resumed run chooses the same.
+
+    On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
+    short rows in fp32, where plain matrix products run 1.7 to 12 times faster; long rows and thin heads in fp32 are
+    the opposite (`docs/performance.md` has the table). Accelerators: torch's own choice, flex for masks with structure.
+    """
+    length, dim = k.shape[2], q.shape[-1]
+    if q.device.type == "cpu":
+        if q.dtype in (torch.bfloat16, torch.float16):
+            return "eager" if length <= 1024 else "sdpa"
+        return "eager" if length < 80 and dim >= 32 else "sdpa"
+    if not mask.plain and length >= 1024 and dropout_p == 0 and supports("flex", device=q.device, mask=mask) is None:
+        return "flex"
+    return "sdpa"
+
+
+def check(
+    kernel: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    head_dim: int = 64,
+    mask: AttnMask = FULL,
+    dropout_p: float = 0.0,
+) -> None:
+    """Raise `UserError` with the reason when `kernel` cannot serve; see `supports`."""
+    reason = supports(kernel, dtype=dtype, device=device, head_dim=head_dim, mask=mask, dropout_p=dropout_p)
+    if reason is not None:
+        raise UserError(f"attention={kernel} cannot run here: {reason}; attention=auto picks one that can")
+
+
+def supports(
+    kernel: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    head_dim: int = 64,
+    mask: AttnMask = FULL,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """None when `kernel` can serve, else the reason in words."""
+    device = torch.device(device)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if kernel not in KERNELS and kernel != "auto":
+        return f"there is no such kernel; there are auto, {', '.join(KERNELS)}"
+    if kernel == "flex" and dropout_p > 0:
+        return "FlexAttention has no dropout"
+    if kernel == "flex" and device.type == "cpu" and torch.is_grad_enabled():
+        return "FlexAttention has no backward on CPU"
+    if kernel in ("efficient", "cudnn") and device.type != "cuda":
+        return f"torch has this kernel for CUDA only, not for {device.type}"
+    if kernel in ("flash", "cudnn") and device.type == "cuda" and not half:
+        return f"it needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}: set trainer.precision=bf16-mixed"
+    if kernel == "flash" and device.type == "cuda" and not mask.plain:
+        return "flash attention takes only plain or causal masks"
+    if kernel in ("flash", "cudnn") and device.type == "cuda" and head_dim > 256:
+        return f"its heads are at most 256 wide, not {head_dim}"
+    if kernel == "flash" and device.type == "cpu" and dropout_p > 0:
+        return "the CPU flash kernel has no dropout"
+    return None

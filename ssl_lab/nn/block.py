@@ -1,0 +1,143 @@
+"""Residual, Block, Transformer: the core under every modality. Only the stem and the recipe of a block differ."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssl_lab.nn.attention import Attention
+from ssl_lab.nn.cache import KVCache
+from ssl_lab.nn.ffn import MLP
+from ssl_lab.nn.mask import FULL, AttnMask
+from ssl_lab.nn.rope import Rope
+
+NormType = Callable[[int], nn.Module]
+
+
+@dataclass(eq=False)
+class Context:
+    """All that a sublayer may need besides x, made once per forward."""
+
+    mask: AttnMask = FULL
+    rope: Rope | None = None
+    memory: Tensor | None = None  # (B, S, D) for cross-attention
+    memory_mask: AttnMask = FULL
+    cache: KVCache | None = None
+
+
+class Residual(nn.Module):
+    """x + drop_path(gain * scale * fn(norm(x))), or norm(x + ...) with place="post"; (B, L, D) -> (B, L, D).
+
+    Args:
+        dim: width D.
+        fn: the sublayer; it is called with (x, ctx) if it says `takes_context`, else with x.
+        norm: makes the norm from D.
+        place: norm before the sublayer, or after the sum.
+        scale: constant factor of the branch (1/2 for a Conformer's feed-forwards).
+        layer_scale: initial value of a learned per-channel gain (CaiT, arXiv:2103.17239); None = no gain.
+        gate: a learned scalar tanh gate that starts closed (Flamingo, arXiv:2204.14198).
+        drop_path: probability of dropping the branch of a sample (arXiv:1603.09382).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        fn: nn.Module,
+        *,
+        norm: NormType = nn.LayerNorm,
+        place: Literal["pre", "post"] = "pre",
+        scale: float = 1.0,
+        layer_scale: float | None = None,
+        gate: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm, self.fn = norm(dim), fn
+        self.place, self.scale = place, scale
+        self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.takes_context = bool(getattr(fn, "takes_context", False))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        branch = self.norm(x) if self.place == "pre" else x
+        branch = self.layer_scale(self.fn(branch, ctx) if self.takes_context else self.fn(branch))
+        if self.scale != 1.0:
+            branch = branch * self.scale
+        if self.gate is not None:
+            branch = branch * self.gate.tanh()
+        x = x + self.drop_path(branch)
+        return x if self.place == "pre" else self.norm(x)
+
+
+class Block(nn.ModuleDict):
+    """An ordered, named list of residuals, e.g. `Block(attn=Residual(...), mlp=Residual(...))`.
+
+    It is the unit of compilation, activation checkpointing and sharding.
+    """
+
+    checkpointing: bool = False
+
+    def __init__(self, **residuals: Residual) -> None:
+        super().__init__(residuals)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._run, x, ctx, use_reentrant=False)
+        return self._run(x, ctx)
+
+    def _run(self, x: Tensor, ctx: Context) -> Tensor:
+        for residual in self.values():
+            x = residual(x, ctx)
+        return x
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final norm. A backbone is a Transformer with a stem: it says `forward`, this says `encode`.
+
+    Args:
+        block: makes the block of layer i; called with layer=i.
+        depth: number of blocks.
+        dim: width D.
+        norm: makes the final norm from D.
+    """
+
+    def __init__(self, block: Callable[..., Block], depth: int, dim: int, *, norm: NormType = nn.LayerNorm) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(layer=i) for i in range(depth))
+        self.norm = norm(dim)
+
+    def encode(self, x: Tensor, ctx: Context, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """(B, L, D) -> last output before the norm, and the outputs of the blocks in `layers` (negative = from the end)."""
+        wanted = {i % len(self.blocks): i for i in layers}
+        hidden: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, ctx)
+            if i in wanted:
+                hidden[wanted[i]] = x
+        return x, hidden
+
+
+def encoder_block(
+    dim: int,
+    num_heads: int,
+    *,
+    mlp_ratio: float = 4.0,
+    norm: NormType = nn.LayerNorm,
+    qk_norm: NormType | None = None,
+    layer_scale: float | None = None,
+    drop_path: float = 0.0,
+    kernel: str = "auto",
+    layer: int = 0,
+) -> Block:
+    """The pre-norm recipe of ViT and its kin: attention, then an MLP of `mlp_ratio` times the width."""
+    attention = Attention(dim, num_heads, qk_norm=qk_norm, kernel=kernel, layer=layer)  # type: ignore[arg-type]
+    mlp = MLP(dim, int(dim * mlp_ratio))
+    return Block(
+        attn=Residual(dim, attention, norm=norm, layer_scale=layer_scale, drop_path=drop_path),
+        mlp=Residual(dim, mlp, norm=norm, layer_scale=layer_scale, drop_path=drop_path),
+    )

@@ -1,0 +1,32 @@
+"""Feed-forward networks: the per-token half of a block."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear: (B, L, D) -> (B, L, D)."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, act: Callable[[Tensor], Tensor] = F.gelu, bias: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, bias), act, nn.Linear(hidden, dim, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x): (B, L, D) -> (B, L, D) (Shazeer, 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(dim, hidden, bias), nn.Linear(dim, hidden, bias)
+        self.down, self.dropout = nn.Linear(hidden, dim, bias), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))

@@ -1,0 +1,25 @@
+"""FlexAttention: masks that are not plain, without a dense matrix of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_lab.nn.mask import AttnMask
+
+
+@functools.cache
+def _flex(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float) -> Tensor:
+    """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh). Compiled on an accelerator, interpreted on CPU."""
+    blocks = mask.blocks(q.shape[2], k.shape[2], q.device)
+    run = _flex(q.device.type != "cpu" and not torch.compiler.is_compiling())
+    out: Tensor = run(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out

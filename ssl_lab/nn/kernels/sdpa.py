@@ -1,0 +1,37 @@
+"""torch's scaled_dot_product_attention: all backends, or one of them by name."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ssl_lab.nn.mask import AttnMask
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, backend: str | None = None
+) -> Tensor:
+    """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); `backend` restricts torch's own choice."""
+    L, S = q.shape[2], k.shape[2]
+    # torch counts causal positions from the start of both, we from their ends: the same only for L == S
+    causal = mask.plain and mask.causal and L == S
+    allowed = None if causal else mask.dense(L, S, q.device)
+    empty = None
+    if allowed is not None and not mask.plain:
+        empty = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | empty  # backends disagree on rows without a key: let them see all, then zero them
+    with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=dropout_p, is_causal=causal, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+    return out if empty is None else torch.where(empty, out.new_zeros(()), out)

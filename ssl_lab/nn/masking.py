@@ -1,0 +1,22 @@
+"""Which tokens are seen: always index tensors, never boolean maps. (Who may attend to whom is `nn/mask.py`.)"""
+
+import torch
+from torch import Tensor
+
+
+def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Split N tokens per sample by noise (B, N): keep (B, K) of the lowest, drop (B, N - K), K = int(N * (1 - ratio))."""
+    order = noise.argsort(1)
+    kept = int(noise.shape[1] * (1 - ratio))
+    return order[:, :kept], order[:, kept:]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D), (B, K) int64 -> (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def put_back(kept: Tensor, keep: Tensor, fill: Tensor, N: int) -> Tensor:
+    """Inverse of `take`: kept (B, K, D) at keep (B, K), every other of the N places holds `fill` (D)."""
+    holes = fill.to(kept.dtype).expand(len(kept), N, -1)
+    return holes.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept)

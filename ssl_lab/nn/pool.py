@@ -1,0 +1,29 @@
+"""From tokens to one vector per sample."""
+
+import torch
+from torch import Tensor
+
+from ssl_lab.types import Encoded, Pooling
+
+
+def pool(encoded: Encoded, how: Pooling | None = None) -> Tensor:
+    """(B, D): the class token ("cls", the first prefix token), the mean over valid tokens, or the last valid token.
+
+    None means "cls" where there is a prefix, else "mean".
+
+    Raises:
+        ValueError: "cls" of a backbone without a prefix.
+    """
+    tokens, valid = encoded.tokens, encoded.valid
+    how = how or ("cls" if encoded.prefix.shape[1] else "mean")
+    if how == "cls":
+        if not encoded.prefix.shape[1]:
+            raise ValueError("pooling='cls' needs a class token, and this backbone has none: use 'mean'")
+        return encoded.prefix[:, 0]
+    if valid is None:
+        return tokens.mean(1) if how == "mean" else tokens[:, -1]
+    if how == "mean":
+        weight = valid.unsqueeze(-1).to(tokens.dtype)
+        return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+    last = (valid * torch.arange(valid.shape[1], device=valid.device)).argmax(1)
+    return tokens[torch.arange(len(tokens), device=tokens.device), last]

@@ -1,0 +1,116 @@
+"""Optimizers, their parameter groups, and how learning rate and weight decay follow progress."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm.optim
+import torch
+from torch import nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.schedules import Cosine, Schedule, as_schedule
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+@dataclass
+class Optim:
+    """One recipe of optimization: which optimizer, its rate over time, and what decays.
+
+    Args:
+        name: AdamW (fused), SGD, LARS (arXiv:1708.03888), or Muon with AdamW for embeddings, heads and 1-D parameters.
+        lr: peak learning rate, before scaling.
+        scale_lr: "linear" multiplies by global batch / 256, "sqrt" by its root, "none" leaves it.
+        warmup: share of training in which the rate rises linearly from 0.
+        min_lr: rate at the end of the cosine, before scaling.
+        betas: of AdamW; the first is the momentum of the others.
+        eps: of AdamW.
+        weight_decay: a number or a schedule of progress; parameters of at most one dimension never decay.
+        layer_decay: rate factor per layer below the head (BEiT, arXiv:2106.08254).
+        schedule: "cosine" to `min_lr`, or "constant" after the warm-up.
+    """
+
+    name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    lr: float = 1e-3
+    scale_lr: Literal["linear", "sqrt", "none"] = "none"
+    warmup: float = 0.05
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: "float | Schedule" = 0.05
+    layer_decay: float | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd", "lars", "muon"):
+            raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon")
+        self._weight_decay = as_schedule(self.weight_decay)
+
+    def peak_lr(self, samples_per_step: int) -> float:
+        """Learning rate at the end of the warm-up for this global batch (accumulation included)."""
+        ratio = samples_per_step / 256
+        return self.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[self.scale_lr]
+
+    def lr_factor(self, progress: float) -> float:
+        """Rate at `progress` as a share of the peak."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        return Cosine(1.0, self.min_lr / self.lr)((progress - self.warmup) / max(1e-12, 1 - self.warmup))
+
+    def build(self, named: Named, samples_per_step: int) -> torch.optim.Optimizer:
+        """The optimizer over the parameters that require a gradient; `update` sets its rates before every step."""
+        groups = list(self._groups(named))
+        if not groups:
+            raise UserError("nothing to train: no parameter requires a gradient; check method.train and frozen parts")
+        lr = self.peak_lr(samples_per_step)
+        for group in groups:
+            group["peak_lr"] = group["lr"] = lr * group.pop("lr_scale")
+        betas = tuple(self.betas)
+        if self.name == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.eps, fused=True)
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
+        if self.name == "lars":
+            return timm.optim.Lars(groups, lr=lr, momentum=betas[0], weight_decay=0.0)
+        return timm.optim.Muon(groups, lr=lr, momentum=betas[0], betas=betas, eps=self.eps, adjust_lr_fn="match_rms_adamw")
+
+    def update(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Set learning rate and weight decay of every group for a step at `progress`."""
+        factor, decay = self.lr_factor(progress), self._weight_decay(progress)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+            if group["decays"]:
+                group["weight_decay"] = decay
+
+    def _groups(self, named: Named) -> Iterator[dict[str, Any]]:
+        """Parameters by (decays?, layer, Muon or not), in a fixed order."""
+        named = [(name, p) for name, p in named if p.requires_grad]
+        depth = 1 + max((_block(name) for name, _ in named), default=0)
+        groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+        for name, p in named:
+            decays = p.ndim > 1 and not name.endswith(".bias")
+            scale = 1.0 if self.layer_decay is None else self.layer_decay ** (depth + 1 - _layer(name, depth))
+            hidden = self.name == "muon" and p.ndim == 2 and ".blocks." in f".{name}"
+            groups.setdefault((decays, scale, hidden), []).append(p)
+        for (decays, scale, hidden), params in groups.items():
+            weight_decay = self._weight_decay(0.0) if decays else 0.0
+            group = {"params": params, "lr_scale": scale, "decays": decays, "weight_decay": weight_decay}
+            yield group | ({"use_fallback": not hidden} if self.name == "muon" else {})
+
+
+def _block(name: str) -> int:
+    """Index of the transformer block in a parameter's name, -1 outside of blocks."""
+    parts = name.split(".")
+    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else -1
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for the stem, i + 1 for block i, depth + 1 for what follows."""
+    block = _block(name)
+    if block >= 0:
+        return block + 1
+    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "token_embed")
+    return 0 if any(part in stem for part in name.split(".")) else depth + 1

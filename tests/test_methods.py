@@ -1,0 +1,113 @@
+"""What every method must satisfy, found by its YAML in conf/method: a new one is tested by existing."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ssl_lab.cli.compose import compose
+from ssl_lab.methods.base import Method
+from ssl_lab.nn.block import Block
+from ssl_lab.train.optim import Optim
+from ssl_lab.types import Batch, Embeds
+
+METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").glob("*.yaml"))
+SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32}
+
+
+def shrink(node: Any) -> Any:
+    """The same recipe at toy size: widths, depths and whatever else is large."""
+    if isinstance(node, dict):
+        return {k: SMALL[k] if k in SMALL else shrink(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [shrink(v) for v in node]
+    return 64 if isinstance(node, int) and not isinstance(node, bool) and node > 256 else node
+
+
+def build(name: str, seed: int = 0) -> Method:
+    cfg = compose("train", [f"method={name}", "data=shapes"])
+    torch.manual_seed(seed)
+    return hydra.utils.instantiate(shrink(OmegaConf.to_container(cfg.method, resolve=True)))
+
+
+def batch(size: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(size, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    image = image + 0.1 * torch.randn(size, 3, 32, 32, generator=generator)
+    views = [image + 0.1 * torch.randn(image.shape, generator=generator) for _ in range(2)]
+    return Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size))
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> Method:
+    return build(request.param)
+
+
+def run(method: Method, steps: int, lr: float = 3e-3) -> list[float]:
+    optim = Optim(lr=lr, warmup=0.1)
+    optimizer, losses = optim.build(method.param_groups(), 8), []
+    method.train()
+    for i in range(steps):
+        torch.manual_seed(i)
+        step = method.step(batch(), i / steps)
+        optimizer.zero_grad()
+        step.loss.backward()
+        optim.update(optimizer, (i + 1) / (steps + 1))
+        optimizer.step()
+        method.after_step(i / steps)
+        losses.append(step.loss.item())
+    return losses
+
+
+def test_the_loss_is_a_finite_scalar_and_logs_are_scalars(method):
+    step = method.step(batch(), 0.5)
+    assert step.loss.shape == () and torch.isfinite(step.loss)
+    for name, value in step.logs.items():
+        assert torch.as_tensor(value).numel() == 1, name
+
+
+def test_a_gradient_reaches_every_trainable_parameter(method):
+    for i in range(2):  # gates and gains that start at zero open after one step
+        torch.manual_seed(i)
+        method.zero_grad()
+        method.step(batch(), 0.5).loss.backward()
+    frozen = [n for n, p in method.named_parameters() if not p.requires_grad and p.grad is not None]
+    without = [n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
+    assert not frozen and not without
+
+
+def test_a_step_is_a_function_of_its_seed(method):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        losses.append(method.step(batch(), 0.5).loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_the_loss_falls_on_eight_samples(method):
+    losses = run(method, 60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_embeddings_do_not_collapse(method):
+    if not isinstance(method, Embeds):
+        pytest.skip("no embed")
+    run(method, 30)
+    method.eval()
+    with torch.no_grad():
+        z = torch.nn.functional.normalize(method.embed(batch()), dim=-1)
+    assert z.shape[0] == 8 and z.std(0).mean() * z.shape[1] ** 0.5 > 0.05
+
+
+def test_it_is_made_of_blocks_and_bf16_autocast_gives_nearly_the_same(method):
+    assert any(isinstance(m, Block) for m in method.modules())
+    torch.manual_seed(0)
+    exact = method.step(batch(), 0.5).loss
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = method.step(batch(), 0.5).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,98 @@
+"""Parameter groups, rates and decay over progress, against values worked out by hand and a naive formula."""
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_lab.backbones.vit import ViT
+from ssl_lab.errors import UserError
+from ssl_lab.rng import fold, uniform
+from ssl_lab.schedules import Constant, Cosine, Linear, Warmup
+from ssl_lab.train.optim import Optim
+
+
+def test_schedules_at_their_landmarks():
+    cosine = Cosine(0.996, 1.0)
+    assert [cosine(p) for p in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1.0])
+    assert Linear(1, 3)(0.25) == 1.5 and Constant(2)(0.7) == 2
+    warm = Warmup(0.0, 1.0, 0.1, Cosine(1.0, 0.0))
+    assert [warm(p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_rates_follow_the_batch_and_progress():
+    optim = Optim(lr=1.5e-4, scale_lr="linear", warmup=0.1, min_lr=0.0)
+    assert optim.peak_lr(4096) == pytest.approx(2.4e-3)
+    assert [optim.lr_factor(p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
+    assert Optim(lr=1.0, scale_lr="sqrt").peak_lr(1024) == 2.0
+
+
+def test_decay_skips_vectors_and_follows_its_schedule():
+    model = nn.Linear(3, 2)
+    optim = Optim(lr=0.1, warmup=0.0, weight_decay=Cosine(0.04, 0.4))
+    optimizer = optim.build(model.named_parameters(), 256)
+    optim.update(optimizer, 0.5)
+    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay[model.weight] == pytest.approx(0.22) and decay[model.bias] == 0
+    assert all(g["lr"] == pytest.approx(0.05) for g in optimizer.param_groups)
+
+
+def test_layer_decay_counts_from_the_head():
+    vit = ViT(32, 3, 4, image_size=16)
+    model = nn.ModuleDict({"encoder": vit, "head": nn.Linear(32, 2)})
+    optim = Optim(lr=1.0, warmup=0.0, layer_decay=0.5)
+    rates = {p: g["lr"] for g in optim.build(model.named_parameters(), 256).param_groups for p in g["params"]}
+    assert rates[model["head"].weight] == 1.0 and rates[vit.norm.weight] == 1.0
+    assert [rates[b.mlp.fn.fc1.weight] for b in vit.blocks] == [0.125, 0.25, 0.5]
+    assert rates[vit.patch_embed.proj.weight] == rates[vit.cls_token] == 0.0625
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
+def test_every_optimizer_learns(name):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)]), "head": nn.Linear(8, 1)})
+    optim = Optim(name=name, lr={"lars": 3.0, "sgd": 0.05}.get(name, 0.02), warmup=0.0, betas=(0.9, 0.95))
+    optimizer, x = optim.build(model.named_parameters(), 256), torch.randn(64, 8)
+    losses = []
+    for i in range(60):
+        loss = (model["head"](model["blocks"][0](x).relu()) - x[:, :1] * x[:, 1:2]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optim.update(optimizer, i / 60)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_lars_equals_its_formula():
+    """One step on a matrix: p -= lr * (g + wd p) * 0.001 |p| / |g + wd p| (You et al., 2017)."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    before, g = p.detach().clone(), torch.randn(4, 3, dtype=torch.float64)
+    optim = Optim(name="lars", lr=0.5, warmup=0.0, weight_decay=0.1)
+    optimizer = optim.build([("w", p)], 256)
+    p.grad = g.clone()
+    optim.update(optimizer, 0.0)
+    optimizer.step()
+    d = g + 0.1 * before
+    expected = before - 0.5 * 0.001 * before.norm() / d.norm() * d
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="adamw, sgd, lars, muon"):
+        Optim(name="adam")
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        Optim().build(frozen.named_parameters(), 1)
+
+
+def test_draws_belong_to_seed_and_position():
+    positions = torch.arange(5000)
+    draws = uniform(0, positions, 4)
+    assert torch.equal(uniform(0, positions[100:103], 4), draws[100:103])
+    assert torch.equal(uniform(0, positions, 2), draws[:, :2])
+    assert not torch.equal(uniform(1, positions, 4), draws)
+    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.mean(0) == pytest.approx(0.5, abs=0.02) and draws.var(0) == pytest.approx(1 / 12, abs=0.01)
+    assert torch.corrcoef(torch.cat([draws, draws.roll(1, 0)], 1).T).fill_diagonal_(0).abs().max() < 0.06
+    assert fold(0, 1, 2) != fold(0, 2, 1) and 0 <= fold(-1, 5) < 2**63
