@@ -73,3 +73,12 @@ class Embeds(Protocol):
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of `batch["image"]`."""
         ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """A method with a classifier of its own: test accuracy."""
+
+    def classify(self, batch: Batch) -> Tensor:
+        """(B, num_classes) logits."""
+        ...

@@ -17,7 +17,7 @@ class Supervised(Method):
     Args:
         encoder: any backbone.
         num_classes: width of the head.
-        pooling: what the head sees; "mean" normalises after pooling as MAE's fine-tuning does.
+        pooling: what the head sees, "cls" or "mean" of the normed tokens; None lets the backbone choose.
         label_smoothing: share of the target spread over all classes.
         mixup: makes timm's Mixup / CutMix from num_classes; None = off.
         freeze_encoder: train the head alone.

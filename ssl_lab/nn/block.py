@@ -70,7 +70,7 @@ class Residual(nn.Module):
             branch = branch * self.scale
         if self.gate is not None:
             branch = branch * self.gate.tanh()
-        x = x + self.drop_path(branch)
+        x = x + self.drop_path(branch).to(x.dtype)  # a float32 gain must not widen a bf16 stream
         return x if self.place == "pre" else self.norm(x)
 
 
@@ -104,7 +104,13 @@ class Transformer(nn.Module):
         depth: number of blocks.
         dim: width D.
         norm: makes the final norm from D.
+
+    Attributes:
+        fp32_residual: under autocast keep the sum over blocks in float32 as torch's autocast does by itself; else it is
+            held in the autocast dtype, which saves half of the traffic and most casts (`docs/performance.md`).
     """
+
+    fp32_residual: bool = False
 
     def __init__(self, block: Callable[..., Block], depth: int, dim: int, *, norm: NormType = nn.LayerNorm) -> None:
         super().__init__()
@@ -113,6 +119,8 @@ class Transformer(nn.Module):
 
     def encode(self, x: Tensor, ctx: Context, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """(B, L, D) -> last output before the norm, and the outputs of the blocks in `layers` (negative = from the end)."""
+        if torch.is_autocast_enabled(x.device.type) and not self.fp32_residual:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         wanted = {i % len(self.blocks): i for i in layers}
         hidden: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):

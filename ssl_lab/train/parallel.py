@@ -1,28 +1,32 @@
-"""What is done to a network before training, block by block: activation checkpointing, then compilation."""
+"""What is done to a network before training: precision of the residual stream, checkpointing, then compilation."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from ssl_lab.nn.block import Block
+from ssl_lab.nn.block import Block, Transformer
 
 
 @dataclass
 class Parallel:
-    """State-dict keys never change: both act in place.
+    """State-dict keys never change: all act in place.
 
     Args:
         checkpoint_blocks: recompute a block's activations in the backward pass: less memory, about a third more work.
         compile: torch.compile each block; the first steps take minutes on a CPU, later ones run faster.
+        fp32_residual: see `Transformer`; matters under mixed precision only.
     """
 
     checkpoint_blocks: bool = False
     compile: bool = False
+    fp32_residual: bool = False
 
     def __call__(self, network: nn.Module) -> None:
-        """Apply to every `Block` of `network`."""
-        for block in network.modules():
-            if isinstance(block, Block):
-                block.checkpointing = self.checkpoint_blocks
-                if self.compile and block._compiled_call_impl is None:
-                    block.compile()
+        """Apply to every `Transformer` and `Block` of `network`."""
+        for module in network.modules():
+            if isinstance(module, Transformer):
+                module.fp32_residual = self.fp32_residual
+            if isinstance(module, Block):
+                module.checkpointing = self.checkpoint_blocks
+                if self.compile and module._compiled_call_impl is None:
+                    module.compile()
