@@ -1,0 +1,67 @@
+"""What `train` says before it starts and when it is done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ssl_lab.cli.resume import Standing
+from ssl_lab.data.module import DataModule
+from ssl_lab.evals.results import Row, table
+from ssl_lab.methods.base import Method
+
+
+def heading(
+    cfg: DictConfig, method: Method, data: DataModule, trainer: L.Trainer, steps: int, standing: Standing
+) -> RenderableType:
+    """The run in a few lines: what is trained, on what, for how long, and from where."""
+    samples = method.samples_per_step
+    epochs = steps * samples / max(1, data.num_train)
+    rate = method.optim.peak_lr(samples)
+    lines = {
+        "method": f"{type(method).__name__}, {_parameters(method)}{_kernels(method)}",
+        "data": f"{data.num_train:,} images, {len(data.classes)} classes",
+        "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
+        "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(cfg.optim.get('weight_decay'))}",
+        "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
+        "folder": str(cfg.out),
+    }
+    if standing.path is not None:
+        lines["goes on"] = f"from step {standing.step:,} ({standing.path.name})"
+    out = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        out.add_row(name, text)
+    return Group(f"[bold]{cfg.name}[/bold], seed {cfg.seed}", out)
+
+
+def summary(out: Path, rows: Sequence[Row], steps: int) -> list[RenderableType]:
+    """Results as a table, and where everything is."""
+    places = {"weights": "last.safetensors", "numbers": "metrics.csv", "results": "metrics.json", "pictures": "pictures"}
+    found = Table.grid(padding=(0, 2))
+    for name, place in places.items():
+        if (out / place).exists():
+            found.add_row(name, str(out / place))
+    return [f"done: {steps:,} steps", *([table(rows)] if rows else []), found]
+
+
+def _parameters(method: Method) -> str:
+    """Parameters in millions, whole and by part."""
+    count = sum(p.numel() for p in method.parameters())
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.3g}M" for name, part in method.named_children()]
+    return f"{count / 1e6:.3g}M parameters ({', '.join(parts)})" if len(parts) > 1 else f"{count / 1e6:.3g}M parameters"
+
+
+def _kernels(method: Method) -> str:
+    """Attention kernels in use, where the method tells."""
+    tell: Any = getattr(method, "kernels", None)
+    return f", attention {tell()}" if callable(tell) else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, DictConfig):
+        return str(value.get("_target_", "")).rpartition(".")[2]
+    return "default" if value is None else f"{value:g}"

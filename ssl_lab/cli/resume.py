@@ -1,0 +1,121 @@
+"""Where a run stands: nothing yet, half-way, or done. The same command goes on from there, another one is refused."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.train import checkpoint
+
+IDENTITY = ("method", "data", "optim", "seed", "duration", "ema")
+IDENTITY_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+FREE = ("num_workers", "augment_on_device", "kernel")  # how it is computed, not what
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The checkpoint to go on from, None at the start, and the optimizer steps that it has behind it."""
+
+    path: Path | None
+    step: int
+
+
+def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start: str | None = None) -> Standing:
+    """Where the run in `out` stands; `start` is a checkpoint to begin from while `out` has none of its own.
+
+    Raises:
+        UserError: `out` holds a run with other settings, or every checkpoint in it is damaged.
+    """
+    path = checkpoint.find(out)
+    step = int(checkpoint.facts(path).get("step", 0)) if path else 0
+    if step or (out / "last.safetensors").exists():
+        _require_same(out, config)
+    if not step and start is not None:
+        path = checkpoint.find(start)
+        if path is None:
+            raise UserError(f"ckpt={start}: there is no checkpoint; give a .ckpt file or a run folder")
+        step = int(checkpoint.read(path).get("global_step", 0))
+    if not step or path is None:
+        return Standing(None, 0)
+    before = checkpoint.facts(path).get("samples_per_step")
+    if before not in (None, samples_per_step):
+        raise UserError(
+            f"{path} was trained on {before} samples per step, this command has {samples_per_step}: data and learning rate "
+            "would not continue; keep data.batch_size x devices x trainer.accumulate_grad_batches the same"
+        )
+    return Standing(path, step)
+
+
+def require_fit(path: Path, method: nn.Module) -> None:
+    """Check that a checkpoint was made by such a method.
+
+    Raises:
+        UserError: names and shapes of the weights differ.
+    """
+    here = {name: tuple(value.shape) for name, value in method.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in checkpoint.read(path)["state_dict"].items()}
+    if wrong := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        raise UserError(
+            f"{path} does not fit this {type(method).__name__}: {len(wrong)} tensors differ, first {wrong[0]}; "
+            "train the method that it was made by, or start from its encoder with weights="
+        )
+
+
+def lock(out: Path) -> int:
+    """Hold `out` for this process until it ends, however it ends; gives the open file, to be kept.
+
+    Raises:
+        UserError: another process trains there, or nothing can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"out={out}: {error.strerror}; give a folder that can be written to") from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: forked workers do not hold it
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process is training in {out}; wait for it, stop it, or give another out=") from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def save_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml`, all interpolations resolved."""
+    checkpoint.write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+
+def _require_same(out: Path, config: Mapping[str, Any]) -> None:
+    """Compare what makes the run what it is with the config.yaml in its folder."""
+    try:
+        former = yaml.safe_load((out / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return  # nothing to compare with
+    there, here = _identity(former), _identity(yaml.safe_load(yaml.safe_dump(dict(config))))
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        told = "; ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(f"{out} holds a run with other settings: {told}{more}; give another out=, or remove the folder")
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of everything that decides what is learned."""
+    trainer = config.get("trainer") or {}
+    kept = {key: config.get(key) for key in IDENTITY} | {"trainer": {key: trainer.get(key) for key in IDENTITY_TRAINER}}
+    return {key: value for key, value in _flat(kept) if key.rpartition(".")[2] not in FREE}
+
+
+def _flat(node: Any, key: str = "") -> list[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        return [(key, node)]
+    return [pair for name, value in items for pair in _flat(value, f"{key}.{name}" if key else str(name))]

@@ -1,0 +1,91 @@
+"""Numbers of a run: losses, rates, speed and memory, read every `every` steps and not in between."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
+
+from ssl_lab.train.loggers import Loggers
+from ssl_lab.types import Batch
+
+
+class DataWait(PassThroughProfiler):
+    """Seconds that training waited for the next batch, through Lightning's own marks around the loader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._start = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self.seconds += time.perf_counter() - self._start
+
+
+class Log(L.Callback):
+    """Writes one row per `trainer.log_every_n_steps` optimizer steps, and one at the last step.
+
+    train/* are the values of that step, not means since the row before, so that a resumed run repeats them. opt/lr and
+    opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/images_per_s
+    leaves out evaluations, pictures and checkpoints; time/data_wait is the share of the time spent waiting for data.
+    """
+
+    def __init__(self, loggers: Loggers, grad_norm: Callable[[], Tensor | None] = lambda: None) -> None:
+        self._loggers, self._grad_norm = loggers, grad_norm
+        self._busy, self._wait, self._steps, self._start = 0.0, 0.0, 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restart(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._busy += time.perf_counter() - self._start
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._steps += 1
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+            self._loggers.scalars(self._row(trainer, pl_module), step)
+            self._restart(trainer)
+
+    def _row(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        groups = trainer.optimizers[0].param_groups
+        row |= {f"opt/{name}": max(float(group[name]) for group in groups) for name in ("lr", "weight_decay")}
+        if (norm := self._grad_norm()) is not None:
+            row["opt/grad_norm"] = float(norm)
+        waited = _waited(trainer) - self._wait
+        seconds = max(self._busy + waited, 1e-9)
+        row["time/images_per_s"] = self._steps * pl_module.samples_per_step / seconds
+        row["time/data_wait"] = waited / seconds
+        row["memory/peak_gb"] = _peak_bytes(pl_module.device) / 1e9
+        return row
+
+    def _restart(self, trainer: L.Trainer) -> None:
+        self._busy, self._steps, self._wait = 0.0, 0, _waited(trainer)
+
+
+def _waited(trainer: L.Trainer) -> float:
+    return trainer.profiler.seconds if isinstance(trainer.profiler, DataWait) else 0.0
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Largest memory held so far: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,52 @@
+"""Signals that end a run in order: finish the step, save, say how to go on."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}  # 75 = try again (EX_TEMPFAIL); 130 as in a shell
+
+
+class Interrupted(SystemExit):
+    """Ends the process with the exit code of a signal."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(CODES[received])
+        self.received = received
+
+
+class Signals:
+    """Catches SIGTERM, SIGUSR1 and the first SIGINT while it is entered; a second SIGINT ends the process at once.
+
+    While `deferred`, a signal only sets `received`, which the training loop reads at the end of a step. Otherwise it
+    raises `Interrupted`. Worker processes made by fork ignore what their parent handles.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.deferred = False
+        self._pid = os.getpid()
+        self._former = {number: signal.getsignal(number) for number in CODES}
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take over the signals; again after Lightning, which sets handlers of its own when training starts."""
+        for number in CODES:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        self.received = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.deferred:
+            raise Interrupted(self.received)

@@ -1,0 +1,138 @@
+"""Two gloo processes on the CPU learn what one process learns from the joined batch, and end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training import TINY, _processes, rows, same_end
+
+from ssl_lab.train.checkpoint import facts, find, read
+
+PLAIN = ["method=supervised", "method.mixup=null", *[w for w in TINY if not w.startswith(("method=", "method.decoder"))]]
+TWO = ["strategy=ddp", "trainer.devices=2", "data.batch_size=4"]
+
+
+def launch(words, **options):
+    """A command line in a process of its own, since Lightning starts the second one by repeating it."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | options
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl_lab", *map(str, words)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finished(words, code=0, **options):
+    process = launch(words, **options)
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode == code, text
+    return text
+
+
+def _rank(rank, store, queue):
+    """Loss and gradients of half a batch under DDP, and what the guard and the gather see."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    method, batch, noise = mae()
+    half = slice(4 * rank, 4 * rank + 4)
+    net = torch.nn.parallel.DistributedDataParallel(Loss(method))
+    loss = net(batch[half], noise[half])
+    loss.backward()
+    if rank == 0:
+        queue.put((loss.item(), {k: p.grad.clone().numpy() for k, p in method.named_parameters() if p.grad is not None}))
+    torch.distributed.barrier()
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, image, noise):
+        return self.method.reconstruct(image, noise)[0]
+
+
+def mae():
+    from ssl_lab.backbones.vit import ViT
+    from ssl_lab.methods.mae import MAE, Decoder
+
+    torch.manual_seed(0)
+    encoder = ViT(dim=32, depth=2, num_heads=2, image_size=16, patch_size=4)
+    method = MAE(encoder, decoder=lambda *a: Decoder(*a, dim=32, depth=1, num_heads=2))
+    return method, torch.randn(8, 3, 16, 16), torch.rand(8, 16)
+
+
+def test_gradients_of_two_ranks_equal_one_process(tmp_path):
+    queue = _processes.Queue()
+    ranks = [_processes.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    _, theirs = queue.get(timeout=120)
+    for process in ranks:
+        process.join(60)
+    method, image, noise = mae()
+    method.reconstruct(image, noise)[0].backward()
+    ours = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        torch.testing.assert_close(torch.from_numpy(theirs[name]), grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_training_on_two_ranks_equals_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished([*PLAIN, "duration=4steps", f"out={one}"])
+    finished([*PLAIN, *TWO, "duration=4steps", f"out={two}"])
+    a, b = (read(find(out))["state_dict"] for out in (one, two))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6, msg=name)
+    for left, right in zip(rows(one), rows(two), strict=True):
+        assert left["step"] == right["step"]
+        assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), abs=1e-5)
+    assert facts(find(two))["world_size"] == 2 and facts(find(two))["samples_per_step"] == 8
+    text = finished([*PLAIN, f"out={two}", "duration=4steps", "data.batch_size=4"], code=2)
+    assert "samples per step" in text
+
+
+def wait_for(path):
+    for _ in range(1200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_ranks_go_on_where_they_were(tmp_path, number):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    words = [*TINY, *TWO, "ema=0.9", "duration=60steps", "eval=[knn]", "eval.knn.k=3", "eval.knn.every=7"]
+    finished([*words, f"out={whole}"])
+    process = launch([*words, f"out={out}"])
+    wait_for(out / "checkpoints" / "step=12.ckpt")
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == (75 if number == signal.SIGTERM else -9), text
+    finished([*words, f"out={out}"])
+    same_end(whole, out)
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_stops_both(tmp_path):
+    (tmp_path / "poison.py").write_text(
+        "from ssl_lab import dist\n"
+        "from ssl_lab.methods.mae import MAE\n"
+        "class Poison(MAE):\n"
+        "    def step(self, batch, progress):\n"
+        "        out = super().step(batch, progress)\n"
+        "        if self.global_step == 5 and dist.rank() == 1: out.loss = out.loss * float('nan')\n"
+        "        return out\n"
+    )
+    out = tmp_path / "run"
+    words = [*TINY, *TWO, "method._target_=poison.Poison", f"out={out}"]
+    start = time.monotonic()
+    text = finished(words, code=2, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert "rank 1" in text and "at step 6" in text
+    assert time.monotonic() - start < 120
+    assert all(t.isfinite().all() for t in read(find(out))["state_dict"].values())

@@ -1,0 +1,98 @@
+"""A run that is killed with SIGKILL and repeated ends exactly as one that was left alone."""
+
+import itertools
+import random
+
+import pytest
+from training import TINY, run, same_end, start
+
+EVALS = ["eval=[knn,collapse]", "eval.knn.k=3", "eval.knn.every=5", "eval.collapse.every=4"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Uninterrupted runs, one per set of options."""
+    made = {}
+
+    def get(*options):
+        if options not in made:
+            out = tmp_path_factory.mktemp("reference") / "run"
+            assert run([*TINY, *options, f"out={out}"]) == 0
+            made[options] = out
+        return made[options]
+
+    return get
+
+
+@pytest.mark.parametrize("fault", [("backward", 1), ("backward", 6), ("save", 40), ("rename", 4), ("verify", 3), ("log", 7)])
+def test_killed_anywhere(reference, tmp_path, fault):
+    options = ["ema=0.9", *EVALS]
+    out = tmp_path / "run"
+    words = [*TINY, *options, f"out={out}"]
+    assert run(words, fault) == -9
+    assert run(words) == 0
+    same_end(reference(*options), out)
+    assert not [*out.rglob(".*.tmp")]
+
+
+@pytest.mark.parametrize("options", [["trainer.accumulate_grad_batches=2"], ["data.num_workers=2", "ema=0.9"]])
+def test_killed_with(reference, tmp_path, options):
+    out = tmp_path / "run"
+    words = [*TINY, *options, f"out={out}"]
+    assert run(words, ("backward", 7)) == -9
+    assert run(words) == 0
+    same_end(reference(*options), out)
+
+
+def test_workers_and_evaluation_do_not_change_training(reference):
+    from ssl_lab.train import checkpoint
+
+    plain = checkpoint.read(checkpoint.find(reference()))
+    for options in (["data.num_workers=2"], [*EVALS], ["picture_steps=3"]):
+        other = checkpoint.read(checkpoint.find(reference(*options)))
+        assert all((other["state_dict"][k] == v).all() for k, v in plain["state_dict"].items()), options
+
+
+def test_killed_twice_in_a_row(reference, tmp_path):
+    out = tmp_path / "run"
+    words = [*TINY, f"out={out}"]
+    assert run(words, ("backward", 5)) == -9
+    assert run(words, ("backward", 3)) == -9
+    assert run(words) == 0
+    same_end(reference(), out)
+
+
+def test_repeating_a_finished_run_trains_nothing(reference, tmp_path):
+    options = ["eval=[knn]", "eval.knn.k=3"]
+    out = reference(*options)
+    before = (out / "metrics.json").read_text(), (out / "metrics.csv").read_text()
+    assert run([*TINY, *options, f"out={out}"], log=tmp_path / "log") == 0
+    assert ((out / "metrics.json").read_text(), (out / "metrics.csv").read_text()) == before
+    assert "knn top1" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "ema", "step"), itertools.product([0, 2], [1, 2], ["null", "0.9"], [1, 4, 9])
+)
+def test_every_combination(reference, tmp_path, workers, accumulate, ema, step):
+    options = [f"data.num_workers={workers}", f"trainer.accumulate_grad_batches={accumulate}", f"ema={ema}"]
+    out = tmp_path / "run"
+    words = [*TINY, *options, f"out={out}"]
+    assert run(words, ("backward", step * accumulate)) == -9
+    assert run(words) == 0
+    same_end(reference(*options), out)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_until_done(reference, tmp_path):
+    options = ["duration=60steps", "ema=0.9", *EVALS]
+    out = tmp_path / "run"
+    draw = random.Random(0)
+    for _ in range(12):
+        process = start([*TINY, *options, f"out={out}"])
+        process.join(draw.uniform(0.5, 3.0))
+        process.kill()
+        process.join()
+    assert run([*TINY, *options, f"out={out}"]) == 0
+    same_end(reference(*options), out)

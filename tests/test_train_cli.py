@@ -1,0 +1,129 @@
+"""`ssl-lab train` from the command line to the run folder, and the mistakes that it answers in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from training import TINY, results, rows, run
+
+from ssl_lab.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    options = ["eval=[knn,linear,collapse]", "eval.knn.k=3", "baselines=true", "ema=0.9", "logger=[wandb,tensorboard]"]
+    assert run([*TINY, *options, f"out={folder / 'run'}"], log=folder / "log") == 0, (folder / "log").read_text()
+    return folder / "run", (folder / "log").read_text()
+
+
+def test_run_folder(finished):
+    out, _ = finished
+    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["_target_"] == "ssl_lab.train.optim.Optim"
+    assert [row["step"] for row in rows(out)][:12] == [str(n) for n in range(1, 13)]
+    assert float(rows(out)[0]["train/loss"]) > 0 and float(rows(out)[5]["opt/lr"]) > 0
+    assert float(rows(out)[5]["opt/grad_norm"]) > 0
+    assert checkpoint.find(out).name == "step=12.ckpt" and (out / "checkpoints" / "last.ckpt").exists()
+    assert {p.name for p in (out / "pictures").glob("*.png")} == {"reconstruction_step=12.png", "features_step=12.png"}
+    subjects = {(subject, evaluator) for subject, _, evaluator, _, _ in results(out)}
+    assert {("trained", "knn"), ("random encoder", "linear"), ("raw pixels", "collapse")} <= subjects
+    assert all("protocol" in row for row in json.loads((out / "metrics.json").read_text()))
+
+
+def test_exported_weights_are_the_averaged_ones(finished):
+    from ssl_lab.weights import io
+
+    out, _ = finished
+    state = checkpoint.read(checkpoint.find(out))
+    for name, value in io.build(out).state_dict().items():
+        assert torch.equal(value, state["state_dict"][f"encoder.{name}"])
+    assert not torch.equal(state["state_dict"]["encoder.norm.weight"], state["current_model_state"]["encoder.norm.weight"])
+
+
+def test_screen(finished):
+    out, text = finished
+    for word in ("MAE", "12 steps x 8 samples", "peak lr", "random encoder", "raw pixels", "last.safetensors", str(out)):
+        assert word in text.replace("\n", ""), word
+    assert "Traceback" not in text and "Warning" not in text, text
+
+
+def test_loggers_got_the_same(finished):
+    out, _ = finished
+    assert [*out.glob("wandb/offline-run-*/run-*.wandb")]
+    assert [*out.glob("tensorboard/events.out.tfevents.*")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lr=0.5"], "optim.lr=0.001 there, 0.5 here; give another out="),
+        (["duration=20steps", "seed=3"], "seed=0 there, 3 here"),
+        (["data.batch_size=4"], "data.batch_size=8 there, 4 here"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(finished, tmp_path, words, message):
+    out, _ = finished
+    words = [*TINY, "ema=0.9", f"out={out}", *words]
+    assert run(words, log=tmp_path / "log") == 2
+    assert message in (tmp_path / "log").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU"),
+        (["trainer.precision=bf17"], "bf17"),
+        (["trainer.log_every_n_steps=0"], "trainer.log_every_n_steps"),
+        (["ckpt=nowhere/last.ckpt"], "ckpt=nowhere/last.ckpt"),
+        (["trainer.gradient_clip_algorithm=norms"], "norms"),
+        (["ema=1.5"], "ema=1.5"),
+        (["out=/proc/run"], "/proc/run"),
+    ],
+)
+def test_mistakes(tmp_path, words, message):
+    assert run([*TINY, f"out={tmp_path / 'run'}", *words], log=tmp_path / "log") == 2
+    text = (tmp_path / "log").read_text()
+    assert message in text and "Traceback" not in text and text.count("ssl-lab:") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["duration=1epochs"], 5),
+        (["duration=24samples"], 3),
+        (["duration=1epochs", "trainer.accumulate_grad_batches=2"], 3),
+        (["trainer.precision=bf16-mixed", "duration=3steps"], 3),
+        (["trainer.gradient_clip_val=0.1", "optim.name=muon", "duration=3steps"], 3),
+    ],
+)
+def test_lengths_and_options(tmp_path, words, steps):
+    out = tmp_path / "run"
+    assert run([*TINY, *words, f"out={out}"], log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert checkpoint.facts(checkpoint.find(out))["step"] == steps
+    assert rows(out)[-1]["step"] == str(steps)
+
+
+def test_begin_from_another_checkpoint(finished, tmp_path):
+    source, _ = finished
+    out = tmp_path / "run"
+    words = [*TINY, "ema=0.9", "duration=14steps", f"out={out}", f"ckpt={source}"]
+    assert run(words, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert "from step 12" in (tmp_path / "log").read_text()
+    assert [row["step"] for row in rows(out)] == ["13", "14"]
+    words = [*words[:-2], f"out={tmp_path / 'other'}", words[-1], "method.encoder.dim=48"]
+    assert run(words, log=tmp_path / "log") == 2
+    assert "does not fit" in (tmp_path / "log").read_text()
+
+
+def test_no_connection_to_wandb_is_no_reason_to_fail(tmp_path):
+    out = tmp_path / "run"
+    words = [*TINY, "duration=2steps", f"out={out}", "logger=wandb", "logger.wandb.mode=online"]
+    env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_lab", *words], env={**__import__("os").environ, **env}, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(out)[-1]["step"] == "2"
