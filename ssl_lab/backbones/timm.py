@@ -1,0 +1,94 @@
+"""Any timm model in the place of a backbone: convolutional nets, hierarchical transformers, other ViTs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.nn.mask import FULL, AttnMask
+from ssl_lab.types import Encoded
+from ssl_lab.weights.sources import check_timm_name
+
+
+class Timm(nn.Module):
+    """A timm model without its head: image (B, C, H, W) -> `Encoded`.
+
+    The tokens are timm's `forward_features`: the sequence of a ViT without its prefix, or the last map flattened row by
+    row. Models that norm only after pooling give them unnormed.
+
+    Args:
+        name: timm's name, e.g. `resnet50.a1_in1k`; see `timm.list_models()`.
+        pretrained: start from timm's weights (downloaded once).
+        image_size: side in pixels, for models that are built for one size; others take any size.
+        **kwargs: further arguments of `timm.create_model`, e.g. `drop_path_rate`, `in_chans`.
+
+    Raises:
+        UserError: unknown name or argument, or weights that cannot be had.
+    """
+
+    def __init__(self, name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        check_timm_name(name)
+        self.arguments: dict[str, Any] = {"name": name, "image_size": image_size, **kwargs}
+        sized = image_size is not None and built_for_one_size(name)
+        try:
+            self.model = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **({"img_size": image_size} if sized else {}), **kwargs
+            )
+        except Exception as error:
+            what = "its weights (is there a network?)" if pretrained else "it"
+            raise UserError(f"timm cannot give {what} for {name!r}: {str(error).splitlines()[0][:160]}") from error
+        self.dim: int = self.model.num_features
+        self.num_prefix: int = getattr(self.model, "num_prefix_tokens", 0)
+
+    def forward(
+        self, x: Tensor, *, keep: Tensor | None = None, mask: AttnMask = FULL, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Encode (B, C, H, W); `layers` indexes blocks of a ViT or stages of other models (negative = from the end).
+
+        Raises:
+            UserError: `keep` or a mask, which timm models cannot serve; a model without intermediate layers.
+        """
+        if keep is not None or mask is not FULL:
+            what = "encode a part of the patches (keep=)" if keep is not None else "restrict attention (mask=)"
+            raise UserError(f"timm's {self.arguments['name']} cannot {what}; use a ViT, e.g. backbone=vit_s16")
+        if not layers:
+            prefix, tokens = self._split(self.model.forward_features(x))
+            return Encoded(tokens, prefix)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"timm's {self.arguments['name']} does not give intermediate layers (layers=)")
+        depth = len(self.model.feature_info)
+        wanted = sorted({i % depth for i in layers})
+        extra = {"return_prefix_tokens": True} if self.num_prefix else {}
+        last, maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", **extra)
+        found = dict(zip(wanted, (_joined(m) for m in maps), strict=True))
+        prefix, tokens = self._split(last)
+        return Encoded(tokens, prefix, hidden={i: found[i % depth] for i in layers})
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix (B, P, D) and tokens (B, L, D) of what `forward_features` gives."""
+        if out.dim() == 4:
+            out = out.flatten(1, 2) if _channels_last(self.model) else out.flatten(2).transpose(1, 2)
+        return out[:, : self.num_prefix], out[:, self.num_prefix :]
+
+
+def built_for_one_size(name: str) -> bool:
+    """Whether timm must be told the image size when it makes the model."""
+    if ":" in name:
+        return True
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(config and config.fixed_input_size)
+
+
+def _channels_last(model: nn.Module) -> bool:
+    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def _joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """(B, P + L, D) from a map (B, D, H, W), or from a pair of map and prefix."""
+    if isinstance(out, Tensor):
+        return out.flatten(2).transpose(1, 2)
+    return torch.cat([out[1], out[0].flatten(2).transpose(1, 2)], 1)

@@ -1,0 +1,143 @@
+"""`ssl-lab export`: weights of a run for timm, Hugging Face or plain safetensors, compared before it says done."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.errors import UserError
+from ssl_lab.methods.mae import MAE
+from ssl_lab.train import checkpoint
+from ssl_lab.weights import export, io
+from ssl_lab.weights.export import Exported
+from ssl_lab.weights.sources import quiet
+from ssl_lab.weights.tables import hf_mae, hf_vit
+
+
+def run(cfg: DictConfig) -> None:
+    """Read `ckpt`, write `out`, and say how to open it.
+
+    Raises:
+        UserError: nothing to read, an unknown `to`, an architecture that the library lacks, or features that differ.
+    """
+    writers: dict[str, Callable[[nn.Module, Path], Exported]] = {"timm": _timm, "hf": _hf, "safetensors": _safetensors}
+    if cfg.to not in writers:
+        raise UserError(f"to={cfg.to}: choose one of {', '.join(writers)}")
+    path = Path(str(cfg.ckpt))
+    out = Path(cfg.out) if cfg.out else (run_folder(path) or path.parent) / "export" / cfg.to
+    if out.is_file() or out.suffix == ".safetensors":
+        raise UserError(f"out={out} must be a folder; the files inside have the names that the library expects")
+    method = _read(path, list(cfg.trust))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+        done = writers[cfg.to](method, Path(scratch))
+        out.mkdir(exist_ok=True)
+        names = sorted(os.listdir(scratch))
+        for name in names:
+            os.replace(Path(scratch) / name, out / name)
+    print(f"{out}: {', '.join(names)}")
+    print(
+        f"opened again with {done.library}: largest difference {done.difference:.1e} in features up to {done.scale:.1f}"
+    )
+    print(f"open it with {done.opened_by.format(out)}")
+
+
+def _read(path: Path, trust: list[str]) -> nn.Module:
+    """The method of a run folder or checkpoint, or the backbone of a safetensors file.
+
+    Raises:
+        UserError: nothing there, or a checkpoint that lies in no run folder.
+    """
+    if path.suffix == ".safetensors":
+        return io.build(path)
+    if not path.exists():
+        raise UserError(
+            f"ckpt={path}: no such file or folder; give a run folder, a .ckpt in one, or a .safetensors file"
+        )
+    folder = run_folder(path)
+    if folder is None:
+        raise UserError(f"ckpt={path}: no config.yaml beside it, so its architecture is unknown; give a run folder")
+    found = path if path.is_file() else checkpoint.find(path)
+    if found is None:
+        return io.build(path)
+    method: nn.Module = instantiate(_without_downloads(load_config(folder, trust)["method"]), _convert_="all")
+    try:
+        method.load_state_dict(checkpoint.read(found)["state_dict"])
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    return method
+
+
+def _without_downloads(config: Any) -> Any:
+    """The same method without its starting weights, which the checkpoint replaces."""
+    if not isinstance(config, dict):
+        return config
+    started = {key for key, value in config.items() if key == "weights" and isinstance(value, str)}
+    plain = {key: None if key in started else _without_downloads(value) for key, value in config.items()}
+    return plain | ({"pretrained": False} if config.get("pretrained") is True else {})
+
+
+def _backbone(method: nn.Module) -> nn.Module:
+    backbone = getattr(method, "encoder", method)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f"{type(method).__name__} has no encoder to export")
+    return backbone
+
+
+def _timm(method: nn.Module, folder: Path) -> Exported:
+    return export.to_timm(_backbone(method), folder)
+
+
+def _hf(method: nn.Module, folder: Path) -> Exported:
+    return _mae_to_hf(method, folder) if isinstance(method, MAE) else export.to_hf(_backbone(method), folder)
+
+
+def _safetensors(method: nn.Module, folder: Path) -> Exported:
+    backbone = _backbone(method)
+    io.save(backbone, folder / "model.safetensors")
+    again = io.build(folder / "model.safetensors")
+    state, other = backbone.state_dict(), again.state_dict()
+    if any(not torch.equal(value.cpu().to(other[key].dtype), other[key]) for key, value in state.items()):
+        raise UserError("the written tensors differ from ours: not exported")
+    return Exported("ssl_lab", 0.0, 1.0, 'ssl_lab.weights.io.build("{}/model.safetensors")')
+
+
+def _mae_to_hf(mae: MAE, folder: Path) -> Exported:
+    """ViTMAEForPreTraining with its decoder; compared in what it predicts and in its loss for one given mask."""
+    transformers = export.import_transformers()
+    facts = io.architecture(mae.encoder).get("arguments")
+    if not facts or export.hf_kind(facts)[0] != "ViT":
+        raise UserError("transformers' ViTMAE knows plain blocks only; export to=timm, or to=safetensors")
+    decoder = mae.decoder.blocks[0]
+    config = transformers.ViTMAEConfig(
+        **hf_vit.arguments(facts),
+        decoder_hidden_size=mae.decoder.embed.out_features,
+        decoder_num_hidden_layers=len(mae.decoder.blocks),
+        decoder_num_attention_heads=decoder["attn"].fn.num_heads,
+        decoder_intermediate_size=decoder["mlp"].fn.fc1.out_features,
+        norm_pix_loss=mae.norm_pix,
+        mask_ratio=mae.mask_ratio,
+    )
+    export.write_hf(transformers.ViTMAEForPreTraining(config), mae.state_dict(), hf_mae.TABLE, folder)
+    with quiet():
+        theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, facts["in_chans"], facts["image_size"], facts["image_size"], generator=generator)
+    noise = torch.rand(2, mae.encoder.grid[0] * mae.encoder.grid[1], generator=generator)
+    mae.float().cpu().eval()
+    with torch.no_grad():
+        loss, predicted, _, drop = mae.reconstruct(image, noise)
+        other = theirs(image, noise=noise)
+    logits = other.logits.gather(1, drop.unsqueeze(-1).expand_as(predicted))
+    found, scale = export.difference(predicted, logits)
+    export.difference(loss, other.loss)
+    opener = 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
+    return Exported(f"transformers {transformers.__version__}", found, scale, opener)

@@ -1,0 +1,181 @@
+"""Weights into a backbone, a backbone into a file, and back from the file alone."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ssl_lab.backbones.timm import Timm
+from ssl_lab.backbones.vit import ViT, layer_norm
+from ssl_lab.errors import UserError
+from ssl_lab.nn.attention import Attention
+from ssl_lab.nn.block import Block, encoder_block
+from ssl_lab.nn.ffn import MLP
+from ssl_lab.weights.rename import State
+from ssl_lab.weights.sources import HEADER, Source, read, read_safetensors
+
+
+def load(backbone: nn.Module, spec: str) -> None:
+    """Fill `backbone` with the weights named by `spec`, every tensor or none.
+
+    Args:
+        backbone: a `ViT`; files and run folders also serve any other backbone whose names they hold.
+        spec: `timm:<name>`, `hf:<folder or repository>`, a .safetensors or .ckpt file, or a run folder.
+
+    A position table of another size is resampled by timm's rule (bicubic, antialiased), the class position kept.
+
+    Raises:
+        UserError: nothing there, or another architecture; the message says in what it differs.
+    """
+    source = read(spec)
+    own = backbone.state_dict()
+    state = _resampled(source, own, getattr(backbone, "grid", None), spec)
+    problems = _differences(own, state)
+    heads = num_heads(backbone)
+    if heads and source.num_heads and heads != source.num_heads:
+        problems.append(f"num_heads {source.num_heads} there, {heads} here")
+    if problems:
+        raise UserError(
+            f"{spec} does not fit this backbone: {'; '.join(problems[:4])}; change the backbone to match it"
+        )
+    backbone.load_state_dict(state)
+
+
+def save(backbone: nn.Module, path: str | Path) -> None:
+    """Write a safetensors file that `build` needs nothing else for; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    partial = path.with_name(path.name + ".tmp")
+    save_file(state, partial, metadata={"format": "pt", HEADER: json.dumps(architecture(backbone))})
+    os.replace(partial, path)
+
+
+def build(path: str | Path) -> ViT | Timm:
+    """The backbone that `save` wrote, with its weights.
+
+    Raises:
+        UserError: no such file, or one without a known architecture in its header.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.safetensors"
+    if not path.is_file():
+        raise UserError(f"no weights at {path}; give a .safetensors file or a run folder that holds last.safetensors")
+    state, header = read_safetensors(path)
+    kind, arguments = header.get("class"), header.get("arguments", {})
+    if kind not in ("ViT", "Timm"):
+        raise UserError(
+            f"{path} does not say what it is (no architecture in its header); give it as weights= of a backbone"
+        )
+    backbone = vit(arguments) if kind == "ViT" else Timm(**arguments)
+    if problems := _differences(backbone.state_dict(), state):
+        raise UserError(f"{path}: header and tensors disagree: {'; '.join(problems[:4])}")
+    backbone.load_state_dict(state)
+    return backbone
+
+
+def architecture(backbone: nn.Module) -> dict[str, Any]:
+    """Class and constructor arguments as plain JSON; empty for a backbone of other parts."""
+    if isinstance(backbone, Timm):
+        return {"class": "Timm", "arguments": backbone.arguments}
+    if not isinstance(backbone, ViT) or not all(_plain(block) for block in backbone.blocks):
+        return {}
+    first, facts = backbone.blocks[0], _facts(backbone.state_dict())
+    return {
+        "class": "ViT",
+        "arguments": {
+            "dim": backbone.dim,
+            "depth": len(backbone.blocks),
+            "num_heads": first["attn"].fn.num_heads,
+            "image_size": backbone.grid[0] * facts["patch_size"],
+            "patch_size": facts["patch_size"],
+            "in_chans": facts["in_chans"],
+            "mlp_ratio": first["mlp"].fn.fc1.out_features / backbone.dim,
+            "cls_token": facts["cls_token"],
+            "num_registers": facts["num_registers"],
+            "layer_scale": 1.0 if facts["layer_scale"] else None,
+            "qk_norm": facts["qk_norm"],
+            "positions": "learned" if backbone.pos_embed.requires_grad else "sincos",
+        },
+    }
+
+
+def vit(arguments: Mapping[str, Any]) -> ViT:
+    """A ViT from the arguments that `architecture` gives."""
+    arguments = dict(arguments)
+    recipe = {name: arguments.pop(name) for name in ("mlp_ratio", "layer_scale", "qk_norm")}
+    recipe["qk_norm"] = layer_norm if recipe["qk_norm"] else None
+    return ViT(**arguments, block=functools.partial(encoder_block, **recipe))
+
+
+def num_heads(backbone: nn.Module) -> int | None:
+    """Attention heads of a ViT, None for anything else."""
+    return backbone.blocks[0]["attn"].fn.num_heads if isinstance(backbone, ViT) else None
+
+
+def _plain(block: Block) -> bool:
+    """Whether `encoder_block` made it, so that a handful of arguments describe it."""
+    if list(block) != ["attn", "mlp"] or type(block["attn"].fn) is not Attention or type(block["mlp"].fn) is not MLP:
+        return False
+    return type(block["attn"].fn.q_norm) in (nn.Identity, nn.LayerNorm) and block["mlp"].fn.act is F.gelu
+
+
+def _resampled(source: Source, own: State, grid: tuple[int, int] | None, spec: str) -> State:
+    """The source's state with its position table on our grid."""
+    table, prefix = source.state.get("pos_embed"), int("cls_token" in source.state)
+    if table is None or grid is None or "pos_embed" not in own or source.grid == grid:
+        return source.state
+    patches = table.shape[1] - prefix
+    if source.grid is None and patches == grid[0] * grid[1]:
+        return source.state
+    side = math.isqrt(patches)
+    old = source.grid or (side, side)
+    if old[0] * old[1] != patches:
+        raise UserError(f"{spec}: {patches} positions form no grid of {old[0]} x {old[1]}; they cannot be resampled")
+    return source.state | {"pos_embed": resample_abs_pos_embed(table, list(grid), list(old), prefix)}
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Why `state` cannot fill `own`, in words of the architecture where possible; empty = it can."""
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes == theirs:
+        return []
+    here, there = _facts(own), _facts(state)
+    if here and there and here != there:
+        return [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    problems = [
+        f"{key} {theirs[key]} there, {shapes[key]} here"
+        for key in shapes
+        if key in theirs and theirs[key] != shapes[key]
+    ]
+    problems += [f"no {key} there" for key in shapes if key not in theirs]
+    return problems + [f"{key} has no place here" for key in theirs if key not in shapes]
+
+
+def _facts(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the tensors of a ViT say of its architecture; empty for anything else."""
+    patch, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fn.fc1.weight")
+    if patch is None or hidden is None:
+        return {}
+    registers = state.get("registers")
+    return {
+        "dim": patch.shape[0],
+        "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        "patch_size": patch.shape[-1],
+        "in_chans": patch.shape[1],
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "cls_token": "cls_token" in state,
+        "num_registers": 0 if registers is None else registers.shape[1],
+        "layer_scale": "blocks.0.attn.layer_scale.gamma" in state,
+        "qk_norm": "blocks.0.attn.fn.q_norm.weight" in state,
+    }
