@@ -1,0 +1,81 @@
+"""What lies in a folder: image files, classes, splits. Names only; nothing is opened."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ssl_lab.errors import UserError
+
+HELD_OUT = ("test", "val", "valid", "validation")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+
+T = TypeVar("T")
+
+
+def choose(splits: dict[str, T], wanted: str) -> tuple[T, bool]:
+    """What serves as split `wanted`, and whether it is the only one and has to be divided.
+
+    `splits` has keys among train, test, val, valid, validation and "" (no split is named).
+    """
+    if wanted not in ("train", *HELD_OUT):
+        raise UserError(f"no split {wanted!r}: a local set has train and one of {', '.join(HELD_OUT)}")
+    held_out = next((x for x in (wanted, *HELD_OUT) if x != "train" and x in splits), None)
+    if "train" in splits and held_out:
+        return splits["train" if wanted == "train" else held_out], False
+    return splits["train" if "train" in splits else held_out or ""], True
+
+
+def share(keys: list[int], wanted: str) -> list[int]:
+    """Numbers of the entries that belong to `wanted` where a tenth is held out by the hashes `keys`."""
+    test = {i for i, key in enumerate(keys) if key % 10 == 0}
+    if not test and len(keys) > 1:
+        test = {min(range(len(keys)), key=keys.__getitem__)}
+    return [i for i in range(len(keys)) if (i in test) == (wanted != "train")]
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The sub-folders of `root` that are named as splits, else `root` itself under ""."""
+    return {x.name: x for x in _entries(root) if x.is_dir() and x.name in ("train", *HELD_OUT)} or {"": root}
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the sub-folders that are classes: at least two with images in them, and no image beside them."""
+    entries = _entries(folder)
+    if any(_is_image(x.name) and x.is_file() for x in entries):
+        return []
+    names = [x.name for x in entries if x.is_dir() and any(images_below(x))]
+    return names if len(names) > 1 else []
+
+
+def images_below(folder: Path) -> Iterator[str]:
+    """Paths of the image files in `folder` and below, by their suffix, in sorted order."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(x for x in folders if not x.startswith((".", "__")))
+        yield from (os.path.join(parent, x) for x in sorted(files) if _is_image(x))
+
+
+def no_images(folder: Path) -> str:
+    """The message for a folder without images."""
+    holds = ", ".join(x.name for x in _entries(folder)[:4])
+    return f"no images in {folder} (looked for {' '.join(SUFFIXES)} and parquet): it holds {holds or 'nothing'}"
+
+
+def missing(path: Path) -> str:
+    """The message for a path that does not exist: how far it goes, and the nearest names there."""
+    parent, wanted = path.absolute(), path.name
+    while not parent.is_dir():
+        parent, wanted = parent.parent, parent.name
+    names = [x.name for x in _entries(parent)]
+    near = difflib.get_close_matches(wanted, names, 3, 0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names[:6]) or 'nothing'}"
+    return f"no file or folder {path}: looked for {wanted!r} in {parent}; {hint} (a hub data set is named owner/name)"
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(x for x in folder.iterdir() if not x.name.startswith((".", "__")))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")

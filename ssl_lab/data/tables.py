@@ -1,0 +1,193 @@
+"""Undecoded images with their targets, from a parquet file or folder, an image folder, or the Hugging Face hub."""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssl_lab.data.folders import HELD_OUT, choose, class_folders, images_below, missing, no_images, share, split_folders
+from ssl_lab.errors import UserError
+from ssl_lab.rng import fold
+
+if TYPE_CHECKING:
+    import datasets
+
+_IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
+_LABEL_NAMES = ("label", "labels", "target", "class")
+
+
+@dataclass(slots=True)
+class Table:
+    """Undecoded images: column `column` of `rows` holds bytes, a path, or both; targets (N,) int64, -1 = unlabelled."""
+
+    rows: "datasets.Dataset"
+    column: str
+    targets: Tensor
+    classes: list[str]
+    origin: str = ""  # what the row numbers count in; empty where a row is a file
+    numbers: list[int] = field(default_factory=list)  # row numbers in `origin`, where only some of them are here
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blobs(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded images at `rows`; empty where a file cannot be opened."""
+        return [_bytes_of(x) for x in self.rows[list(rows)][self.column]]
+
+    def name(self, row: int) -> str:
+        """How a person finds the image."""
+        number = self.numbers[row] if self.numbers else row
+        return f"{self.origin} row {number}" if self.origin else str(self.rows[row][self.column])
+
+
+def open_table(path: str, split: str, image_column: str | None = None, label_column: str | None = None) -> Table:
+    """The images of `split` at `path`.
+
+    Where a local set has only one split, a tenth of it is held out by a hash of the file name (or the row number):
+    the same images on every machine and in every run.
+
+    Raises:
+        UserError: nothing is there, it holds no images, or a column is missing.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = sorted(local.glob("*.parquet")) or sorted(local.glob("data/*.parquet"))
+        return _parquet(local, files, split, image_column, label_column) if files else _folder(local, split)
+    if local.is_file() and local.suffix == ".parquet":
+        return _parquet(local, [local], split, image_column, label_column)
+    if local.is_file():
+        raise UserError(f"{path} is neither a folder nor a parquet file: unpack an archive first, then give its folder")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and local.suffix != ".parquet" and not local.parent.exists():
+        return _hub(path, split, image_column, label_column)
+    raise UserError(missing(local))
+
+
+def _folder(root: Path, split: str) -> Table:
+    from datasets import Dataset
+
+    splits = split_folders(root)
+    classes = sorted({name for folder in splits.values() for name in class_folders(folder)})
+    folder, divide = choose(splits, split)
+    files: list[str] = []
+    targets: list[int] = []
+    for name in class_folders(folder) or [""]:
+        found = list(images_below(folder / name))
+        files += found
+        targets += [classes.index(name) if name else -1] * len(found)
+    if not files:
+        raise UserError(no_images(folder))
+    # Arrow keeps the names in one buffer; a list of strings would be copied, page by page, into every worker.
+    table = Table(Dataset.from_dict({"image": files}), "image", torch.tensor(targets), classes)
+    keys = [zlib.crc32(Path(x).relative_to(folder).as_posix().encode()) for x in files] if divide else []
+    return _part(table, keys, split) if divide else table
+
+
+def _parquet(root: Path, files: list[Path], split: str, image_column: str | None, label_column: str | None) -> Table:
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+
+    splits: dict[str, list[Path]] = {}
+    names: list[str] | None = None
+    for file in files:
+        try:
+            metadata = pq.read_schema(file).metadata or {}
+        except Exception as error:
+            raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
+        names = json.loads(metadata[b"classes"]) if b"classes" in metadata else names
+        named = re.match(rf"(train|{'|'.join(HELD_OUT)})(?![a-z])", file.stem)
+        splits.setdefault(named[1] if named else "", []).append(file)
+    chosen, divide = choose(splits, split)
+    if not sum(pq.read_metadata(x).num_rows for x in chosen):
+        raise UserError(f"no images in {', '.join(map(str, chosen))}: there are no rows")
+
+    def values(column: str) -> list[Any]:
+        return list({x for file in files for x in pq.read_table(file, columns=[column])[column].unique().to_pylist()})
+
+    rows = load_dataset("parquet", data_files=[str(x) for x in chosen], split="train")
+    origin = str(chosen[0] if len(chosen) == 1 else root)
+    table = _table(rows, origin, image_column, label_column, values, names)
+    return _part(table, [fold(0, row) for row in range(len(table))], split) if divide else table
+
+
+def _hub(path: str, split: str, image_column: str | None, label_column: str | None) -> Table:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, split=split)
+    except Exception as error:  # its own errors, those of the network, those of the file system
+        reason = f"and the Hugging Face hub does not give it: {_line(error)}"
+        raise UserError(f"{path!r} is no local file or folder, {reason}") from error
+    return _table(rows, f"{path} {split}", image_column, label_column, lambda column: list(rows.unique(column)), None)
+
+
+def _part(table: Table, keys: list[int], split: str) -> Table:
+    keep = share(keys, split)
+    if not keep:
+        raise UserError(f"{table.origin or table.name(0)} is a single image: it cannot be divided into train and test")
+    return replace(table, rows=table.rows.select(keep), targets=table.targets[keep], numbers=keep)
+
+
+def _table(
+    rows: "datasets.Dataset",
+    origin: str,
+    image_column: str | None,
+    label_column: str | None,
+    values: Callable[[str], list[Any]],
+    names: list[str] | None,
+) -> Table:
+    """Find the columns; `values` lists what a column holds over all splits, `names` those of the classes if known."""
+    import datasets
+
+    features = rows.features
+    for column in (image_column, label_column):
+        if column is not None and column not in features:
+            raise UserError(f"{origin} has no column {column!r}: it has {', '.join(features)}")
+    images = [x for x, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [x for x, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    image = image_column or next((x for x in (*images, *_IMAGE_NAMES) if x in features), None)
+    label = label_column or next((x for x in (*labels, *_LABEL_NAMES) if x in features), None)
+    if image is None:
+        raise UserError(f"{origin} has no column of images: set image_column to one of {', '.join(features)}")
+    targets, classes = torch.full((len(rows),), -1), list[str]()
+    if label is not None:
+        column = rows.with_format("arrow")[:][label].to_pylist()
+        names = names or getattr(features[label], "names", None)
+        targets, classes = _targets(column, [x for x in values(label) if x is not None], names, f"{origin} {label}")
+    if image in images:
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    return Table(rows.select_columns([image]), image, targets, classes, origin)
+
+
+def _targets(column: list[Any], known: list[Any], names: list[str] | None, origin: str) -> tuple[Tensor, list[str]]:
+    if known and all(isinstance(x, str) for x in known):
+        names = sorted(known)
+        number = {x: i for i, x in enumerate(names)}
+        return torch.tensor([-1 if x is None else number[x] for x in column]), names
+    if not all(isinstance(x, int) for x in known):
+        raise UserError(f"{origin} holds {type(known[0]).__name__} values, not classes: set label_column")
+    names = names or [str(i) for i in range(max(known, default=-1) + 1)]
+    if max(known, default=-1) >= len(names):
+        raise UserError(f"{origin} holds class {max(known)}, but only {len(names)} classes are named")
+    return torch.tensor([-1 if x is None else x for x in column]), list(names)
+
+
+def _bytes_of(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    entry = {"path": value} if isinstance(value, str) else value or {}
+    if entry.get("bytes") is not None or not entry.get("path"):
+        return entry.get("bytes") or b""
+    try:
+        return Path(entry["path"]).read_bytes()
+    except OSError:
+        return b""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
