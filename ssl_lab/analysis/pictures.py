@@ -1,0 +1,52 @@
+"""What the features of a backbone look like."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.types import Encoded
+
+
+def pca_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Patch tokens (B, rows * columns, D) -> colours (B, 3, rows, columns) uint8.
+
+    Red, green and blue are the first three principal components of all patches of the batch, so like colours mean like
+    features across images (the view of DINOv2, arXiv:2304.07193, without its foreground mask). Each component spans
+    its 2nd to 98th percentile; its sign makes the largest entry of its direction positive. Components that the
+    features lack (D < 3, or all tokens alike) are grey.
+    """
+    B = len(tokens)
+    x = tokens.double().flatten(0, 1)
+    x = x - x.mean(0)
+    _, directions = torch.linalg.eigh(x.T @ x)
+    top = directions.flip(1)[:, :3]
+    sign = top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
+    scores = x @ (top * sign)
+    low, high = (torch.quantile(scores, q, dim=0) for q in (0.02, 0.98))
+    spread = high - low
+    flat = spread <= 1e-9 * x.abs().max().clamp(min=1e-300)
+    colours = ((scores - low) / torch.where(flat, 1.0, spread)).clamp(0, 1)
+    colours = torch.where(flat, 0.5, colours).mul(255).round().to(torch.uint8)
+    if colours.shape[1] < 3:
+        colours = torch.cat([colours, colours.new_full((len(colours), 3 - colours.shape[1]), 128)], 1)
+    return colours.view(B, rows, columns, 3).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def feature_maps(encoder: nn.Module, image: Tensor) -> Tensor:
+    """Images (B, C, H, W), normalised -> PCA colours of their patch features (B, 3, H, W) uint8, patches as blocks.
+
+    The encoder is run in its present mode; the caller sets eval mode and autocast.
+
+    Raises:
+        UserError: the tokens form no grid of the image's shape.
+    """
+    encoded: Encoded = encoder(image)
+    (H, W), N = image.shape[-2:], encoded.tokens.shape[1]
+    rows = round(math.sqrt(N * H / W))
+    if not rows or N % rows or H % rows or W % (N // rows):
+        raise UserError(f"{N} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}: no feature map")
+    colours = pca_map(encoded.tokens, rows, N // rows)
+    return colours.repeat_interleave(H // rows, 2).repeat_interleave(W // (N // rows), 3)

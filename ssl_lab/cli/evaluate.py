@@ -1,0 +1,123 @@
+"""`ssl-lab evaluate`: judge a run, a checkpoint, imported weights or an untrained encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from ssl_lab.analysis.pictures import feature_maps
+from ssl_lab.cli.compose import build
+from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.data.views import denormalize
+from ssl_lab.errors import UserError
+from ssl_lab.evals.base import evaluating, moved
+from ssl_lab.evals.pixels import Pixels
+from ssl_lab.evals.results import Row, table, write
+from ssl_lab.evals.runner import run_all
+from ssl_lab.pictures import save_png, side_by_side
+from ssl_lab.train import checkpoint
+from ssl_lab.weights import io
+
+Plain = dict[str, Any]
+
+
+def run(cfg: DictConfig) -> None:
+    """Build as trained, load, evaluate; rows go to `metrics.json` and, as a table, to the screen.
+
+    Raises:
+        UserError: nothing to evaluate or to evaluate with, or weights that do not fit.
+    """
+    given: Plain = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    spec = None if cfg.ckpt is None else str(cfg.ckpt)
+    folder = _run_of(spec)
+    saved = {} if folder is None else load_config(folder, cfg.trust)
+    method_config, data_config = (_laid_over(saved, given, part) for part in ("method", "data"))
+    precision = cfg.precision or saved.get("trainer", {}).get("precision") or "32-true"
+    fabric = Fabric(accelerator=cfg.device, devices=1, precision=precision)
+    evaluators = build(given.get("eval") or {})
+    if not evaluators:
+        raise UserError("eval=[] leaves nothing to do: choose e.g. eval=[knn,linear]")
+    data = build(data_config)
+    data.setup("test")
+
+    def judge(method: nn.Module, step: int, subject: str) -> list[Row]:
+        method = method.to(fabric.device)
+        return run_all(evaluators, method, data, step=step, subject=subject, precision=fabric.autocast)
+
+    rows = []
+    if cfg.baselines:
+        rows += judge(Pixels(), 0, "raw pixels")
+    torch.manual_seed(cfg.seed)
+    method = build(without_downloads(method_config))
+    if cfg.baselines or spec is None:
+        rows += judge(method, 0, "random encoder")
+    if spec is not None:
+        step, subject = _load(method, spec, has_run=folder is not None)
+        rows += judge(method, step, subject)
+
+    out = Path(cfg.out or folder or "runs/evaluate")
+    write(out / "metrics.json", rows)
+    console = Console()
+    console.print(table(rows))
+    console.print(f"each value with its protocol: {out / 'metrics.json'}", highlight=False, soft_wrap=True)
+    if picture := _picture(method, data, fabric, out / "pictures"):
+        console.print(f"features as colours: {picture}", highlight=False, soft_wrap=True)
+
+
+def _run_of(spec: str | None) -> Path | None:
+    """The run folder that `spec` names or lies in, None if it comes without one."""
+    if spec is None or spec.startswith(("timm:", "hf:")):
+        return None
+    if not Path(spec).exists():
+        raise UserError(
+            f"ckpt={spec} does not exist; give a run folder, a .ckpt, a .safetensors, timm:<name> or hf:<folder>"
+        )
+    return run_folder(Path(spec))
+
+
+def _laid_over(saved: Plain, given: Plain, part: str) -> Plain:
+    """What is given, alone if it is complete (it has a `_target_`), else laid over what was saved."""
+    new: Plain = given.get(part) or {}
+    if "_target_" not in new:
+        new = OmegaConf.to_container(OmegaConf.merge(saved.get(part, {}), new))  # type: ignore[assignment]
+    if "_target_" not in new:
+        raise UserError(f"{part} is not known: choose {part}=NAME, or give ckpt=<run folder>, which brings its own")
+    return new
+
+
+def _load(method: Any, spec: str, *, has_run: bool) -> tuple[int, str]:
+    """Fill the method; gives the step that the weights are from, and what to call them."""
+    path = Path(spec)
+    found = checkpoint.find(path) if path.is_dir() else path if path.suffix == ".ckpt" else None
+    if found is None or not has_run:  # weights of an encoder alone
+        if not isinstance(getattr(method, "encoder", None), nn.Module):
+            raise UserError(f"{type(method).__name__} has no encoder that ckpt={spec} could fill; give a run folder")
+        io.load(method.encoder, spec)
+        return 0, spec
+    content = checkpoint.read(found)
+    try:
+        method.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise UserError(f"{found} does not fit this {type(method).__name__}: {line}") from None
+    return int(content["global_step"]), "trained"
+
+
+def _picture(method: nn.Module, data: Any, fabric: Fabric, folder: Path) -> Path | None:
+    """Test images beside the colours of their patch features, where the encoder has patches."""
+    encoder, stats = getattr(method, "encoder", None), getattr(data.eval_views, "stats", None)
+    if not isinstance(encoder, nn.Module) or stats is None:
+        return None
+    batch = moved(next(iter(data.eval_loader("test", 8))), fabric.device)
+    try:
+        with evaluating(encoder), fabric.autocast():
+            maps = feature_maps(encoder, batch["image"])
+    except UserError:  # this encoder's tokens are no patches
+        return None
+    path = folder / "features.png"
+    save_png(path, side_by_side({"image": denormalize(batch["image"], stats), "features": maps}))
+    return path

@@ -1,0 +1,237 @@
+"""What an evaluator is, and the round in which evaluators share one extraction of features."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from ssl_lab import dist
+from ssl_lab.errors import UserError
+from ssl_lab.types import Batch
+
+Split = Literal["train", "test"]
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+class Data(Protocol):
+    """What evaluators read of a data module."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, empty for unlabelled data."""
+        ...
+
+    def eval_loader(self, split: Split, limit: int | None = None) -> Iterable[Batch]:
+        """This rank's share of a split, in order, without augmentation; `limit` rows of the split, evenly spread."""
+        ...
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        """The endless, augmented training stream."""
+        ...
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Finish a training batch on its device, where augmentation happens there (Lightning's hook)."""
+        ...
+
+
+class Skip(Exception):
+    """An evaluator has nothing to say about these data; the message gives the reason and the round goes on."""
+
+
+class Evaluator(Protocol):
+    """Judges a method by what it can do. A new one is a class with these members and a YAML in conf/eval."""
+
+    @property
+    def every(self) -> int:
+        """Training steps between two runs; 0 = only at the end."""
+        ...
+
+    @property
+    def needs(self) -> type:
+        """The capability it asks of a method, a runtime-checkable Protocol such as `types.Embeds`."""
+        ...
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Every setting that the values depend on, in plain types: it stands beside each value in metrics.json."""
+        ...
+
+    def run(self, round: "Round") -> dict[str, float]:
+        """Name -> value. Names with a slash are details: recorded, but left out of the table.
+
+        Raises:
+            Skip: these data cannot be judged (no labels, ...).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features `x` (N, D) float32, classes `y` (N,) int64 (-1 = unlabelled), rows `index` (N,) int64, ascending."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device) -> "Features":
+        """The same on another device."""
+        return Features(self.x.to(device), self.y.to(device), self.index.to(device))
+
+
+class Round:
+    """One evaluation of one method: features are extracted when first asked for, then shared by all evaluators.
+
+    Args:
+        method: in eval mode, on the device where it is to run; must `embed` if features are asked for.
+        data: where the splits come from.
+        precision: makes the autocast context of a forward pass. It is entered afresh for each batch and does not
+            cover the evaluators' own arithmetic, which stays in float32.
+    """
+
+    def __init__(self, method: nn.Module, data: Data, precision: Precision = nullcontext) -> None:
+        self.method, self.data, self.precision = method, data, precision
+        self.samples: dict[str, int] = {}  # rows handed out per split; the runner clears it between evaluators
+        self._cache: dict[tuple[Split, int | None], Features] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the method lives."""
+        held = next(chain(self.method.parameters(), self.method.buffers()), None)
+        return torch.device("cpu") if held is None else held.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What a method with weights of a lower precision (bf16-true) wants for input; None = as it comes."""
+        kinds = {p.dtype for p in self.method.parameters() if p.is_floating_point()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def features(self, split: Split, limit: int | None = None) -> Features:
+        """Features of a split (of `limit` of its rows) from every rank, each row once, on the CPU."""
+        if (split, limit) not in self._cache:
+            self._cache[split, limit] = self.extract(self.method.embed, split, limit)  # type: ignore[arg-type]
+        found = self._cache[split, limit]
+        self.samples[split] = len(found.y)
+        return found
+
+    def labelled(self, split: Split, limit: int | None = None) -> Features:
+        """The rows of `features` that have a class, on the method's device.
+
+        Raises:
+            Skip: there are none.
+        """
+        return self.only_labelled(self.features(split, limit), split).to(self.device)
+
+    def only_labelled(self, features: Features, split: Split) -> Features:
+        """Drop rows without a class and count the others in `samples`; Skip if none is left."""
+        rows = features.y >= 0
+        if not rows.any():
+            raise Skip(f"the {split} split has no labels")
+        self.samples[split] = int(rows.sum())
+        return features if rows.all() else Features(features.x[rows], features.y[rows], features.index[rows])
+
+    def extract(self, forward: Callable[[Batch], Tensor], split: Split, limit: int | None = None) -> Features:
+        """Run `forward` (batch -> (B, D)) over a split without gradient; not cached.
+
+        Raises:
+            UserError: the split is empty, or a feature is not finite.
+        """
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        with torch.no_grad():
+            for batch in self.data.eval_loader(split, limit):
+                with self.precision():
+                    x = forward(moved(batch, self.device, self.dtype))
+                parts.append((x.float().cpu(), batch["target"].cpu(), batch["index"].cpu()))
+        if not any(len(y) for _, y, _ in parts):
+            raise UserError(f"the {split} split is empty: nothing to evaluate; check data and limit={limit}")
+        x, y, index = (gather_rows(torch.cat(part), self.device) for part in zip(*parts, strict=True))
+        if not x.isfinite().all():
+            bad = index[~x.isfinite().all(1)]
+            raise UserError(
+                f"features of {len(bad)} of {len(x)} {split} rows are not finite (first row {int(bad[0])}): "
+                f"the weights have diverged; evaluate an earlier checkpoint"
+            )
+        return unique_rows(x, y, index)
+
+
+def moved(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+    """The batch with its tensors on `device`; floating-point ones as `dtype` if given."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(v) for v in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+    return {key: move(value) for key, value in batch.items()}  # type: ignore[return-value]
+
+
+def gather_rows(x: Tensor, device: torch.device) -> Tensor:
+    """(N, ...) of this rank -> the rows of all ranks, on the CPU. Ranks may hold different numbers of rows.
+
+    `device` is the one that the process group can communicate on.
+    """
+    if dist.world_size() == 1:
+        return x
+    counts = dist.gather(torch.tensor([len(x)], device=device), grad=False).tolist()
+    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x.to(device)
+    parts = dist.gather(padded, grad=False).cpu().split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def unique_rows(x: Tensor, y: Tensor, index: Tensor) -> Features:
+    """Sort by `index` and keep one of each: samplers repeat rows to give every rank the same number of batches."""
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    keep = order[first]
+    return Features(x[keep], y[keep], index[keep])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode within; afterwards every submodule is back in the mode it was in (a teacher stays in eval mode)."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:
+    """Scores (N, C) and classes (N,) -> percent {"top1", "top5"}; top5 only where there are more than 5 classes."""
+    C = scores.shape[1]
+    return {
+        f"top{k}": 100.0 * float(multiclass_accuracy(scores, y, C, top_k=k, average="micro", validate_args=False))
+        for k in (1, 5)
+        if k == 1 or k < C
+    }
+
+
+def num_classes(*parts: Features) -> int:
+    """One more than the largest class among them, at least 2."""
+    return max(2, 1 + max(int(part.y.max()) for part in parts))
+
+
+def require(evaluators: Mapping[str, Evaluator], method: nn.Module) -> None:
+    """Check before any work that `method` can do what each evaluator needs.
+
+    Raises:
+        UserError: naming the evaluator, the method and the missing capability.
+    """
+    for name, evaluator in evaluators.items():
+        if not isinstance(method, evaluator.needs):
+            missing = [m for m in vars(evaluator.needs) if not m.startswith("_") and not hasattr(method, m)]
+            raise UserError(
+                f"evaluator {name!r} needs {evaluator.needs.__name__}, but method {type(method).__name__} has no "
+                f"{', '.join(missing)}: leave {name} out of eval=[...], or give the method that function"
+            )

@@ -1,0 +1,132 @@
+"""Fine-tuning: what the weights are worth as a start, not as fixed features."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lab import dist
+from ssl_lab.errors import UserError
+from ssl_lab.evals.base import Round, Skip, accuracy, moved
+from ssl_lab.rng import fold
+from ssl_lab.train.optim import Optim
+from ssl_lab.types import Batch, Embeds, Encoded, Pooling
+
+
+class Classifier(nn.Module):
+    """Encoder, pooling, linear head that starts at 0: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, encoder: nn.Module, dim: int, classes: int, pooling: Pooling | None) -> None:
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+        self.head = nn.Linear(dim, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        encoded: Encoded = self.encoder(image)
+        out: Tensor = self.head(encoded.pooled(self.pooling))
+        return out
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train a copy of `method.encoder` and a linear head on the augmented, labelled training stream.
+
+    The method itself is left as it is. For mixup and longer recipes train the `supervised` method instead.
+
+    Args:
+        optim: recipe; `layer_decay` is usual (BEiT, arXiv:2106.08254; MAE, arXiv:2111.06377).
+        steps: batches of the data's training stream.
+        pooling: what the head sees; None = class token if there is one, else the mean.
+        label_smoothing: share of the target spread over all classes.
+        seed: of drop-path and other randomness in the encoder.
+        limit: test on so many rows, evenly spread; None = all.
+        every: training steps between two runs, 0 = only at the end.
+    """
+
+    optim: Optim
+    steps: int = 1000
+    pooling: Pooling | None = "mean"
+    label_smoothing: float = 0.1
+    seed: int = 0
+    limit: int | None = None
+    every: int = 0
+    needs: ClassVar[type] = Embeds
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
+        names = ("name", "lr", "scale_lr", "warmup", "min_lr", "layer_decay", "schedule")
+        optim = {name: getattr(self.optim, name) for name in names}
+        return {
+            "optim": optim | {"weight_decay": str(self.optim.weight_decay)},
+            "steps": self.steps,
+            "pooling": self.pooling or "default",
+            "label_smoothing": self.label_smoothing,
+            "seed": self.seed,
+            "limit": self.limit,
+        }
+
+    def run(self, round: Round) -> dict[str, float]:
+        """Percent of test rows top1, top5, and the mean loss of the last tenth of the steps."""
+        encoder, classes = getattr(round.method, "encoder", None), len(round.data.classes)
+        if not isinstance(encoder, nn.Module):
+            raise UserError(f"finetune needs method.encoder, and {type(round.method).__name__} has none")
+        if not classes:
+            raise Skip("the data have no classes")
+        model = Classifier(copy.deepcopy(encoder), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
+        losses = self._train(model, round)
+        model.eval()
+        test = round.extract(lambda batch: model(batch["image"]), "test", self.limit)
+        test = round.only_labelled(test, "test")
+        return accuracy(test.x, test.y) | {"train_loss": sum(losses) / len(losses)}
+
+    def _train(self, model: Classifier, round: Round) -> list[float]:
+        """Losses of the last tenth of the steps."""
+        model.train()
+        optimizer: torch.optim.Optimizer | None = None
+        losses, seen = [], 0
+        for step, batch in zip(range(self.steps), endless(round), strict=False):
+            image, y = image_of(batch), batch["target"]
+            if optimizer is None:
+                optimizer = self.optim.build(model.named_parameters(), len(y) * dist.world_size())
+            if not (y >= 0).any():
+                raise Skip("the training stream has no labels")
+            self.optim.update(optimizer, step / self.steps)
+            torch.manual_seed(fold(self.seed, step, dist.rank()))
+            with torch.enable_grad():
+                with round.precision():
+                    logits = model(image)
+                loss = F.cross_entropy(logits.float(), y, ignore_index=-1, label_smoothing=self.label_smoothing)
+                loss.backward()
+            for p in model.parameters():
+                p.grad = None if p.grad is None else dist.all_reduce_mean(p.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += len(y) * dist.world_size()
+            if step >= int(0.9 * self.steps):
+                losses.append(loss.detach())
+        round.samples["train"] = seen
+        return [float(loss) for loss in losses]
+
+
+def endless(round: Round) -> Iterator[Batch]:
+    """Batches of the training stream on the method's device."""
+    empty = False
+    while not empty:
+        empty = True
+        for batch in round.data.train_dataloader():
+            empty = False
+            yield round.data.on_after_batch_transfer(moved(batch, round.device), 0)
+    raise UserError("the training stream is empty: nothing to fine-tune on; check data")
+
+
+def image_of(batch: Batch) -> Tensor:
+    """(B, C, H, W): the image, or the first view where the stream makes several."""
+    return batch["image"] if "image" in batch else batch["views"][0]

@@ -1,0 +1,419 @@
+"""Known answers for every evaluator, the sharing of features, and the file of results."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.evals.base import Round, Skip, accuracy, evaluating, gather_rows, require, unique_rows
+from ssl_lab.evals.collapse import Collapse, feature_std, rankme
+from ssl_lab.evals.finetune import Finetune
+from ssl_lab.evals.knn import KNN, knn_votes
+from ssl_lab.evals.linear import Linear, fit, standardized
+from ssl_lab.evals.pixels import Pixels
+from ssl_lab.evals.results import Row, read, table, write
+from ssl_lab.evals.runner import logged, run_all
+from ssl_lab.train.optim import Optim
+from ssl_lab.types import Encoded
+
+
+class FakeData:
+    """Vectors in the place of images; `repeat` hands out the first rows twice, as a sampler that pads does."""
+
+    def __init__(self, train, test, num_classes=4, repeat=0):
+        self.splits = {"train": train, "test": test}
+        self.classes = [str(c) for c in range(num_classes)]
+        self.repeat, self.asked = repeat, []
+
+    def eval_loader(self, split, limit=None):
+        self.asked.append(split)
+        x, y = (t[:limit] for t in self.splits[split])
+        rows = torch.cat([torch.arange(len(y)), torch.arange(min(self.repeat, len(y)))])
+        for part in rows.flip(0).split(16):
+            yield {"image": x[part], "target": y[part], "index": part}
+
+    def train_dataloader(self):
+        x, y = self.splits["train"]
+        for part in torch.arange(len(y)).split(16):
+            yield {"image": x[part], "target": y[part], "index": part}
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+def clusters(per_class=32, classes=4, dim=12, noise=0.1, seed=0):
+    """Well separated classes: (train, test), each ((N, dim), (N,))."""
+    g = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(classes, dim, generator=g), dim=1)
+    y = torch.arange(classes).repeat(per_class)
+    return tuple((centres[y] + noise * torch.randn(len(y), dim, generator=g), y) for _ in range(2))
+
+
+def shuffled_labels(data, seed=0):
+    (x, y), (x_test, y_test) = data
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    return (x, y[order]), (x_test, y_test)
+
+
+def run(evaluator, data, method=None, **settings):
+    rows = run_all({"it": evaluator}, method or Pixels(), data, **settings)
+    return {row.name: row.value for row in rows}
+
+
+# ---- kNN
+
+
+def test_knn_is_right_on_separable_features_and_at_chance_on_permuted_labels():
+    assert run(KNN(), FakeData(*clusters()))["top1"] == 100
+    assert 17 < run(KNN(), FakeData(*shuffled_labels(clusters(per_class=256, noise=3))))["top1"] < 33
+
+
+def test_knn_equals_a_double_loop(monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    bank, queries = torch.randn(50, 7, generator=g), torch.randn(23, 7, generator=g)
+    y, k, temperature = torch.randint(0, 5, (50,), generator=g), 6, 0.2
+    expected = torch.zeros(23, 5)
+    for i, query in enumerate(queries):
+        pairs = [(float(F.cosine_similarity(query, row, dim=0)), int(c)) for row, c in zip(bank, y)]
+        for similarity, c in sorted(pairs, reverse=True)[:k]:
+            expected[i, c] += torch.tensor((similarity - 1) / temperature).exp()
+    torch.testing.assert_close(knn_votes(bank, y, queries, 5, k, temperature), expected)
+    monkeypatch.setattr("ssl_lab.evals.knn._CELLS", 150)  # chunks of three queries
+    torch.testing.assert_close(knn_votes(bank, y, queries, 5, k, temperature), expected)
+
+
+def test_knn_with_fewer_rows_than_k_and_a_sharp_temperature():
+    data = clusters(per_class=2)
+    assert run(KNN(k=200, temperature=1e-3), FakeData(*data))["top1"] == 100
+
+
+def test_top5_counts_the_five_best():
+    y = torch.tensor([0, 1, 2, 3])
+    scores = torch.arange(7.0).repeat(4, 1)  # classes 6 5 4 3 2 are the five best
+    assert accuracy(scores, y) == {"top1": 0.0, "top5": 50.0}
+    assert set(accuracy(scores[:, :4], y)) == {"top1"}
+
+
+# ---- linear probe
+
+
+def test_linear_is_right_on_separable_features_and_at_chance_on_permuted_labels():
+    values = run(Linear(), FakeData(*clusters(per_class=128)))
+    assert values["top1"] == 100 and values["lr"] in Linear().rates
+    assert 17 < run(Linear(), FakeData(*shuffled_labels(clusters(per_class=256, noise=3))))["top1"] < 33
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_heads_side_by_side_equal_each_rate_alone(decay):
+    (x, y), _ = clusters(noise=1.0)
+    rates, rest = (1e-3, 1e-2, 0.1), (5, 24, decay, 3)
+    together = fit(x, y, 4, rates, *rest)
+    for i, rate in enumerate(rates):
+        alone = fit(x, y, 4, (rate,), *rest)
+        torch.testing.assert_close(together.weight[i], alone.weight[0])
+        torch.testing.assert_close(together.bias[i], alone.bias[0])
+    assert not torch.allclose(together.weight[0], together.weight[2])
+
+
+def test_the_rate_is_chosen_by_held_out_training_rows():
+    """With permuted test labels the test split favours some rate by luck; the choice must not see it."""
+    train, test = clusters(per_class=64, noise=1.5)
+    wrong = (test[0], test[1].roll(1))
+    right, misled = (run(Linear(rates=(1e-4, 1e-2, 1.0)), FakeData(train, t)) for t in (test, wrong))
+    assert right["lr"] == misled["lr"]
+    held = {rate: right[f"lr_{rate:g}/held_out_top1"] for rate in (1e-4, 1e-2, 1.0)}
+    assert held[right["lr"]] == max(held.values())
+    assert right["top1"] == right[f"lr_{right['lr']:g}/top1"]
+
+
+def test_standardizing_makes_the_probe_blind_to_scale_and_shift():
+    train, test = clusters(noise=0.5)
+    moved = [(x * torch.logspace(-2, 2, 12) + 7, y) for x, y in (train, test)]
+    scores = [run(Linear(rates=(1e-2,)), FakeData(*data))["top1"] for data in ((train, test), moved)]
+    assert scores[0] == pytest.approx(scores[1], abs=1) and scores[0] > 60
+    raw = run(Linear(rates=(1e-2,), standardize=False), FakeData(*moved))["top1"]
+    assert raw < scores[0] - 10
+    x, other = standardized(train[0], test[0])
+    torch.testing.assert_close(x.mean(0), torch.zeros(12), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(12), atol=1e-6, rtol=0)
+    expected = (test[0] - train[0].mean(0)) / train[0].std(0, correction=0)
+    torch.testing.assert_close(other, expected)
+    constant = torch.full((99, 1), 0.1) + 1e-8 * torch.randn(99, 1)
+    assert standardized(torch.cat([constant, torch.randn(99, 1)], 1))[0][:, 0].eq(0).all()
+
+
+def test_a_probe_of_one_row_is_skipped():
+    (x, y), test = clusters()
+    said = []
+    assert run_all({"linear": Linear()}, Pixels(), FakeData((x[:1], y[:1]), test), say=said.append) == []
+    assert "linear" in said[0] and "2 labelled" in said[0]
+
+
+# ---- collapse
+
+
+def test_rankme_of_isotropic_rank_one_and_partial_features():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 16, generator=g)
+    assert 15.5 < rankme(x) <= 16.001
+    assert rankme(torch.outer(torch.arange(1.0, 100), torch.randn(16, generator=g))) == pytest.approx(1, abs=1e-3)
+    x[:, 4:] = 0
+    assert 3.8 < rankme(x) < 4.01
+    assert rankme(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+
+
+def test_feature_std_is_one_if_isotropic_and_zero_if_collapsed():
+    g = torch.Generator().manual_seed(0)
+    assert feature_std(torch.randn(4000, 32, generator=g)) == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.ones(100, 32) * torch.arange(1.0, 101)[:, None]) == pytest.approx(0, abs=1e-6)
+
+
+def test_collapse_needs_no_labels_and_takes_rows_evenly():
+    x = torch.cat([torch.zeros(90, 8), torch.eye(8).repeat(12, 1)[:90]]) + 1e-3  # the first half is collapsed
+    data = FakeData((x, torch.full((180,), -1)), (x, torch.full((180,), -1)), num_classes=0)
+    some, all_rows = run(Collapse(max_rows=60), data), run(Collapse(), data)
+    assert some["rankme"] == pytest.approx(all_rows["rankme"], rel=0.05) and some["rankme"] > 7
+
+
+# ---- a round
+
+
+def test_features_are_extracted_once_per_split_and_each_row_once():
+    data = FakeData(*clusters(), repeat=5)
+    rows = run_all({"knn": KNN(), "linear": Linear(passes=1), "collapse": Collapse()}, Pixels(), data)
+    assert sorted(data.asked) == ["test", "train"]
+    by_name = {row.evaluator: row for row in rows}
+    assert by_name["knn"].samples == {"train": 128, "test": 128} and by_name["collapse"].samples == {"test": 128}
+
+
+def test_another_limit_is_another_extraction():
+    data = FakeData(*clusters())
+    rows = run_all({"a": KNN(), "b": KNN(limit=10)}, Pixels(), data)
+    assert len(data.asked) == 4 and rows[-1].samples == {"train": 10, "test": 10} and rows[-1].protocol["limit"] == 10
+
+
+def test_rows_are_sorted_and_deduplicated_by_index():
+    index = torch.tensor([3, 1, 3, 0, 1])
+    features = unique_rows(torch.arange(5.0)[:, None], torch.arange(5), index)
+    assert features.index.tolist() == [0, 1, 3]
+    assert features.y.tolist() == [3, 1, 0]  # the first of each
+
+
+def test_twice_gives_the_same_digits_and_leaves_the_global_generator_alone():
+    evaluators = {"knn": KNN(), "linear": Linear(), "collapse": Collapse()}
+    data = FakeData(*clusters(noise=0.8))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = [(r.name, r.value) for r in run_all(evaluators, Pixels(), data)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert [(r.name, r.value) for r in run_all(evaluators, Pixels(), data)] == first
+
+
+def test_every_module_is_back_in_its_mode():
+    net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2)))
+    net.train()
+    net[1].eval()  # a frozen teacher
+    with pytest.raises(RuntimeError), evaluating(net):
+        assert not any(m.training for m in net.modules())
+        raise RuntimeError
+    assert net.training and net[0].training and not net[1].training and not net[1][0].training
+
+
+def test_unlabelled_data_are_skipped_with_the_reason():
+    (x, y), test = clusters()
+    said = []
+    data = FakeData((x, torch.full_like(y, -1)), test)
+    rows = run_all({"knn": KNN(), "linear": Linear(), "collapse": Collapse()}, Pixels(), data, say=said.append)
+    assert {row.evaluator for row in rows} == {"collapse"}
+    assert said == [f"evaluator {name} skipped: the train split has no labels" for name in ("knn", "linear")]
+
+
+def test_only_labelled_rows_count():
+    (x, y), (x_test, y_test) = clusters()
+    y = y.clone()
+    y[::2] = -1
+    (row,) = run_all({"knn": KNN()}, Pixels(), FakeData((x, y), (x_test, y_test)))
+    assert row.samples == {"train": 64, "test": 128}
+
+
+def test_a_method_that_cannot_embed_is_named():
+    with pytest.raises(UserError, match=r"'knn' needs Embeds, but method Linear has no embed"):
+        require({"knn": KNN()}, nn.Linear(2, 2))
+
+
+def test_an_empty_split_and_diverged_features_are_named():
+    (x, y), test = clusters()
+    with pytest.raises(UserError, match="train split is empty"):
+        run(KNN(), FakeData((x[:0], y[:0]), test))
+    x[7, 3] = torch.nan
+    with pytest.raises(UserError, match=r"1 of 128 train rows are not finite \(first row 7\)"):
+        run(KNN(), FakeData((x, y), test))
+
+
+def test_autocast_covers_the_forward_pass_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 12)
+
+        def embed(self, batch):
+            out = self.fc(batch["image"])
+            assert out.dtype == torch.bfloat16
+            return out
+
+    round = Round(Net(), FakeData(*clusters()), lambda: torch.autocast("cpu", torch.bfloat16))
+    assert round.features("test").x.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_weights_of_lower_precision_get_input_of_theirs():
+    class Net(Pixels):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 12, dtype=torch.bfloat16)
+
+        def embed(self, batch):
+            assert batch["target"].dtype == torch.int64
+            return self.fc(batch["image"])
+
+    assert Round(Net(), FakeData(*clusters())).features("test").x.dtype == torch.float32
+
+
+def _gather_worker(rank, path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    rows = torch.arange(3) if rank == 0 else torch.arange(10, 12)
+    out = gather_rows(rows[:, None].float(), torch.device("cpu"))
+    assert out.flatten().tolist() == [0, 1, 2, 10, 11]
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_rows_are_joined(tmp_path):
+    torch.multiprocessing.spawn(_gather_worker, (tmp_path / "rendezvous",), nprocs=2)
+
+
+# ---- fine-tuning
+
+
+class Encoder(nn.Module):
+    dim = 12
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + F.dropout(F.gelu(block(x)), 0.1, self.training)
+        return Encoded(x[:, None], x[:, None][:, :0])
+
+
+class Method(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = Encoder()
+
+    def embed(self, batch):
+        return self.encoder(batch["image"]).pooled()
+
+
+def test_finetune_learns_on_a_copy_and_repeats_its_digits():
+    method, data = Method(), FakeData(*clusters(noise=0.3))
+    before = copy.deepcopy(method.state_dict())
+    evaluator = Finetune(Optim(lr=1e-2, layer_decay=0.75), steps=40)
+    first = run(evaluator, data, method)
+    assert first["top1"] > 90 and first["train_loss"] < 1.0
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    torch.manual_seed(5)
+    assert run(evaluator, data, method) == first
+
+
+def test_finetune_starts_from_the_weights_it_is_given():
+    """Rates of 0: the head stays at 0 and every class is as likely."""
+    evaluator = Finetune(Optim(lr=0.0, schedule="constant"), steps=2, label_smoothing=0.0)
+    values = run(evaluator, FakeData(*clusters()), Method())
+    assert values["train_loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
+
+
+def test_finetune_without_labels_or_encoder():
+    (x, y), test = clusters()
+    optim = Optim()
+    with pytest.raises(Skip, match="no classes"):
+        Finetune(optim).run(Round(Method(), FakeData((x, y), test, num_classes=0)))
+    with pytest.raises(Skip, match="no labels"):
+        Finetune(optim).run(Round(Method(), FakeData((x, y * 0 - 1), test)))
+    with pytest.raises(UserError, match=r"needs method.encoder, and Pixels has none"):
+        Finetune(optim).run(Round(Pixels(), FakeData((x, y), test)))
+
+
+# ---- results
+
+
+def row(value=1.0, **changes):
+    settings = dict(subject="trained", step=10, evaluator="knn", name="top1", samples={"test": 3}, protocol={"k": 20})
+    return Row(**(settings | changes), value=value, seconds=0.1, time="2026-01-01T00:00:00+00:00")
+
+
+def test_the_same_measurement_replaces_and_another_is_added(tmp_path):
+    path = tmp_path / "run" / "metrics.json"
+    write(path, [row(1.0), row(2.0, name="top5")])
+    write(path, [row(3.0), row(4.0, step=20), row(5.0, protocol={"k": 200}), row(6.0, subject="raw pixels")])
+    assert [r.value for r in read(path)] == [3, 2, 4, 5, 6]
+    assert [r["value"] for r in json.loads(path.read_text())] == [3, 2, 4, 5, 6]
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_every_protocol_survives_the_file(tmp_path):
+    evaluators = {"knn": KNN(), "linear": Linear(passes=1), "collapse": Collapse(), "ft": Finetune(Optim(), steps=2)}
+    rows = run_all(evaluators, Method(), FakeData(*clusters()), step=7)
+    for _ in range(2):
+        write(tmp_path / "metrics.json", rows)
+    assert read(tmp_path / "metrics.json") == rows
+    assert all(r.step == 7 and r.protocol and r.time and r.samples for r in rows)
+    assert logged(rows)["eval/knn/top1"] == rows[0].value
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"name": "top1"}]', "[1]"])
+def test_a_corrupt_file_is_named_and_left_alone(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"metrics.json is not a list of results"):
+        write(path, [row()])
+    assert path.read_text() == content
+
+
+def test_the_table_has_a_line_per_subject_and_leaves_out_details():
+    out = table(
+        [
+            row(30.5, subject="random encoder", step=0),
+            row(50.25),
+            row(60.0, evaluator="linear"),
+            row(59.0, evaluator="linear", name="lr_0.001/top1"),
+            row(49.0, protocol={"k": 200}),
+        ]
+    )
+    assert [c.header for c in out.columns] == ["features", "step", "knn top1", "linear top1"]
+    assert [list(c.cells) for c in out.columns] == [
+        ["random encoder", "trained", "trained"],
+        ["0", "10", "10"],
+        ["30.5", "50.25", "49"],
+        ["", "60", ""],
+    ]
+
+
+def test_the_yaml_of_every_evaluator_builds():
+    hydra, omegaconf = pytest.importorskip("hydra.utils"), pytest.importorskip("omegaconf")
+    for path in sorted((Path(__file__).parent.parent / "conf/eval").glob("*.yaml")):
+        node = omegaconf.OmegaConf.load(path)
+        assert list(node) == [path.stem]
+        evaluator = hydra.instantiate(node, _convert_="all")[path.stem]
+        assert isinstance(evaluator.every, int) and evaluator.protocol
+        json.dumps(evaluator.protocol)

@@ -1,0 +1,73 @@
+"""A run's config.yaml may come from anywhere: it is read as data and may build parts of known packages only."""
+
+import pytest
+import yaml
+
+from ssl_lab.cli.saved import check_targets, load_config, run_folder
+from ssl_lab.errors import UserError
+
+GOOD = {
+    "method": {"_target_": "ssl_lab.evals.pixels.Pixels", "parts": [{"_target_": "torch.nn.Identity"}]},
+    "fn": {"_target_": "ssl_lab.rng.fold", "_partial_": True},
+    "mixup": {"_target_": "timm.data.Mixup"},
+}
+
+
+def save(folder, config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return folder
+
+
+def test_a_config_of_known_parts_is_read(tmp_path):
+    assert load_config(save(tmp_path, GOOD)) == GOOD
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "ssl_lab.evals.results.os.system",  # a good prefix that leads elsewhere
+        "ssl_lab.rng.torch.hub.load",
+        "torch.load",
+        "torch.hub.load",
+        "torchvision_evil.Thing",
+        "ssl_lab.no.such.Thing",
+        "torch.nn.no_such",
+        "ssl_lab",
+        7,
+        ["os.system"],
+    ],
+)
+def test_other_targets_are_refused_wherever_they_hide(tmp_path, target):
+    for config in ({"a": {"_target_": target}}, {"a": [{"b": {"_target_": target, "_args_": ["echo"]}}]}):
+        with pytest.raises(UserError, match=r"config.yaml: a.*_target_ = "):
+            load_config(save(tmp_path, config))
+
+
+def test_a_package_of_ones_own_can_be_trusted():
+    config = {"a": {"_target_": "json.JSONDecoder"}}
+    with pytest.raises(UserError, match=r"add trust=\[json\]"):
+        check_targets(config, "here")
+    check_targets(config, "here", trust=["json"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- a", "a: [", "a: !!python/object/apply:os.system [echo]", "a: &x [1]\nb: [*x, *x]", "x: " + "y" * (1 << 20)],
+    ids=["list", "cut", "python", "aliases", "huge"],
+)
+def test_what_is_no_plain_mapping_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=r"config.yaml"):
+        load_config(save(tmp_path, text))
+
+
+def test_the_run_folder_of_its_parts(tmp_path):
+    run = save(tmp_path / "run", GOOD)
+    (run / "checkpoints").mkdir()
+    assert run_folder(run) == run
+    assert run_folder(run / "last.safetensors") == run
+    assert run_folder(run / "checkpoints" / "step=3.ckpt") == run
+    assert run_folder(tmp_path) is None
