@@ -1,5 +1,8 @@
 """The one way randomness is tied to seed, step, rank and sample, so that a resumed run repeats its numbers."""
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,13 @@ def fold(seed: int, *ints: int) -> int:
         z = ((z ^ (z >> 27)) * _MIX2) & _MASK
         z ^= z >> 31
     return z >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch on every device, NumPy (timm's Mixup draws from it) and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _signed(x: int) -> int:

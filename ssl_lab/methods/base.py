@@ -1,16 +1,14 @@
 """The one place that knows Lightning's hooks. A method says `step`, and what it can do; nothing else of training."""
 
-import random
 from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_lab import dist
-from ssl_lab.rng import fold
+from ssl_lab.rng import fold, seed_all
 from ssl_lab.train.optim import Optim
 from ssl_lab.train.parallel import Parallel
 from ssl_lab.types import Batch, Step
@@ -61,10 +59,7 @@ class Method(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches
-        seed = fold(self.seed, self.global_step, micro, dist.rank())
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # timm's Mixup draws from it
-        random.seed(seed)
+        seed_all(fold(self.seed, self.global_step, micro, dist.rank()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.step(batch, self.progress)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.types import Backbone, Batch, Pooling, Step
 
@@ -21,6 +22,9 @@ class Supervised(Method):
         label_smoothing: share of the target spread over all classes.
         mixup: makes timm's Mixup / CutMix from num_classes; None = off.
         freeze_encoder: train the head alone.
+
+    Raises:
+        UserError: there are no classes.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class Supervised(Method):
         freeze_encoder: bool = False,
     ) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise UserError("there are no classes to learn: the data set has no labels; use class sub-folders or labels")
         self.encoder = encoder
         self.pooling, self.label_smoothing = pooling, label_smoothing
         self.mixup = mixup(num_classes=num_classes, label_smoothing=label_smoothing) if mixup else None
