@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
@@ -12,13 +13,13 @@ from torch import nn
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
-from ssl_lab.data.views import denormalize
+from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import evaluating, moved
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.results import Row, table, write
 from ssl_lab.evals.runner import run_all
-from ssl_lab.pictures import save_png, side_by_side
+from ssl_lab.pictures import save_png, side_by_side, unnormalize
 from ssl_lab.train import checkpoint
 from ssl_lab.weights import io
 
@@ -36,13 +37,14 @@ def run(cfg: DictConfig) -> None:
     folder = _run_of(spec)
     saved = {} if folder is None else load_config(folder, cfg.trust)
     method_config, data_config = (_laid_over(saved, given, part) for part in ("method", "data"))
-    precision = cfg.precision or saved.get("trainer", {}).get("precision") or "32-true"
-    fabric = Fabric(accelerator=cfg.device, devices=1, precision=precision)
+    fabric = _fabric(cfg.device, cfg.precision or saved.get("trainer", {}).get("precision") or "32-true")
     evaluators = build(given.get("eval") or {})
     if not evaluators:
         raise UserError("eval=[] leaves nothing to do: choose e.g. eval=[knn,linear]")
     data = build(data_config)
     data.setup("test")
+    if method_config.get("num_classes") == 0:  # as many as the data has
+        method_config["num_classes"] = len(data.classes)
 
     def judge(method: nn.Module, step: int, subject: str) -> list[Row]:
         method = method.to(fabric.device)
@@ -66,6 +68,13 @@ def run(cfg: DictConfig) -> None:
     console.print(f"each value with its protocol: {out / 'metrics.json'}", highlight=False, soft_wrap=True)
     if picture := _picture(method, data, fabric, out / "pictures"):
         console.print(f"features as colours: {picture}", highlight=False, soft_wrap=True)
+
+
+def _fabric(device: str, precision: Any) -> Fabric:
+    try:
+        return Fabric(accelerator=device, devices=1, precision=precision)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise UserError(f"device={device} with precision={precision}: {' '.join(str(error).split())}") from error
 
 
 def _run_of(spec: str | None) -> Path | None:
@@ -119,5 +128,5 @@ def _picture(method: nn.Module, data: Any, fabric: Fabric, folder: Path) -> Path
     except UserError:  # this encoder's tokens are no patches
         return None
     path = folder / "features.png"
-    save_png(path, side_by_side({"image": denormalize(batch["image"], stats), "features": maps}))
+    save_png(path, side_by_side({"input": unnormalize(batch["image"], *STATS[stats]), "features": maps}))
     return path
