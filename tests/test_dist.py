@@ -12,16 +12,17 @@ from training import TINY, _processes, rows, same_end
 
 from ssl_lab.train.checkpoint import facts, find, read
 
-PLAIN = ["method=supervised", "method.mixup=null", *[w for w in TINY if not w.startswith(("method=", "method.decoder"))]]
+PLAIN = ["method=supervised", "method.mixup=null"] + [
+    w for w in TINY if not w.startswith(("method=", "method.decoder"))
+]
 TWO = ["strategy=ddp", "trainer.devices=2", "data.batch_size=4"]
 
 
 def launch(words, **options):
     """A command line in a process of its own, since Lightning starts the second one by repeating it."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options
-    return subprocess.Popen(
-        [sys.executable, "-m", "ssl_lab", *map(str, words)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, "-m", "ssl_lab", *map(str, words)]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finished(words, code=0, **options):
@@ -41,7 +42,7 @@ def _rank(rank, store, queue):
     loss = net(batch[half], noise[half])
     loss.backward()
     if rank == 0:
-        queue.put((loss.item(), {k: p.grad.clone().numpy() for k, p in method.named_parameters() if p.grad is not None}))
+        queue.put({k: p.grad.clone().numpy() for k, p in method.named_parameters() if p.grad is not None})
     torch.distributed.barrier()
 
 
@@ -69,7 +70,7 @@ def test_gradients_of_two_ranks_equal_one_process(tmp_path):
     ranks = [_processes.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
     for process in ranks:
         process.start()
-    _, theirs = queue.get(timeout=120)
+    theirs = queue.get(timeout=120)
     for process in ranks:
         process.join(60)
     method, image, noise = mae()

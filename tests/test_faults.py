@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import TINY, rows, run, same_end, start
 
-from ssl_lab.cli.resume import lock
+from ssl_lab.cli.resume import holding
 from ssl_lab.errors import UserError
 from ssl_lab.train import checkpoint
 from ssl_lab.train.checkpoint import CheckpointFiles, find, read, stored
@@ -62,7 +62,7 @@ def test_missing_or_wrong_sidecar_counts_as_damage(folder):
 def test_all_damaged_is_an_error_not_a_fresh_start(folder):
     for path in stored(folder / "checkpoints"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="every checkpoint .* damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint .* damaged"):
         find(folder)
 
 
@@ -122,9 +122,7 @@ def test_full_disk(folder, monkeypatch, caplog, room):
     monkeypatch.setattr(checkpoint, "write", write)
     CheckpointFiles(keep=3).save_checkpoint(content(4), folder / "checkpoints" / "step=4.ckpt")
     names = [p.name for p in stored(folder / "checkpoints")]
-    assert names == {0: ["step=2.ckpt", "step=3.ckpt", "step=4.ckpt"], 1: ["step=2.ckpt", "step=3.ckpt", "step=4.ckpt"]}.get(
-        room, ["step=3.ckpt"]
-    )
+    assert names == (["step=3.ckpt"] if room == 5 else ["step=2.ckpt", "step=3.ckpt", "step=4.ckpt"])
     assert ("training goes on" in caplog.text) == (room == 5)
     assert find(folder) is not None
 
@@ -183,6 +181,7 @@ def test_failing_logger_is_left_out(caplog):
         raise RuntimeError("no account")
 
     loggers = Loggers({"bad": lambda: Bad("nowhere"), "broken": broken})
+    loggers.open()
     for step in range(3):
         loggers.scalars({"x": 1.0}, step)
     assert caplog.text.count("left out") == 2 and "gone" in caplog.text and "no account" in caplog.text
@@ -204,18 +203,18 @@ def test_signals_wait_for_the_end_of_a_step():
 def test_one_process_per_folder(tmp_path):
     import multiprocessing
 
-    held = lock(tmp_path)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert "another process" in pool.apply(_try_lock, (tmp_path,))
-    os.close(held)
+        with holding(tmp_path):
+            assert "another process" in pool.apply(_try_to_hold, (tmp_path,))
+        assert pool.apply(_try_to_hold, (tmp_path,)) == ""
 
 
-def _try_lock(path):
+def _try_to_hold(path):
     try:
-        lock(path)
+        with holding(path):
+            return ""
     except UserError as error:
         return str(error)
-    return ""
 
 
 LONG = [*TINY, "duration=4000steps", "save_steps=0", "trainer.log_every_n_steps=100"]
@@ -255,7 +254,9 @@ class Poison(MAE):
 """
 
 
-@pytest.mark.parametrize("poison", ["out.loss * float('nan')", "out.loss + self.decoder.mask_token.sum().mul(0).sqrt()"])
+@pytest.mark.parametrize(
+    "poison", ["out.loss * float('nan')", "out.loss + self.decoder.embed.bias.sum().mul(0).sqrt()"]
+)
 def test_nan_stops_before_the_optimizer(tmp_path, poison, monkeypatch):
     """In the loss, and in a gradient alone (the derivative of the root at zero) under a finite loss."""
     (tmp_path / "poison.py").write_text(POISON.format(poison=poison))

@@ -24,7 +24,10 @@ def reference(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("fault", [("backward", 1), ("backward", 6), ("save", 40), ("rename", 4), ("verify", 3), ("log", 7)])
+FAULTS = [("backward", 1), ("backward", 6), ("save", 40), ("rename", 4), ("verify", 3), ("log", 7)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_killed_anywhere(reference, tmp_path, fault):
     options = ["ema=0.9", *EVALS]
     out = tmp_path / "run"

@@ -1,6 +1,7 @@
 """`ssl-lab train` from the command line to the run folder, and the mistakes that it answers in one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -40,12 +41,13 @@ def test_exported_weights_are_the_averaged_ones(finished):
     state = checkpoint.read(checkpoint.find(out))
     for name, value in io.build(out).state_dict().items():
         assert torch.equal(value, state["state_dict"][f"encoder.{name}"])
-    assert not torch.equal(state["state_dict"]["encoder.norm.weight"], state["current_model_state"]["encoder.norm.weight"])
+    averaged, current = (state[key]["encoder.norm.weight"] for key in ("state_dict", "current_model_state"))
+    assert not torch.equal(averaged, current)
 
 
 def test_screen(finished):
-    out, text = finished
-    for word in ("MAE", "12 steps x 8 samples", "peak lr", "random encoder", "raw pixels", "last.safetensors", str(out)):
+    _, text = finished
+    for word in ("MAE", "12 steps x 8 samples", "peak lr", "random encoder", "raw pixels", "last.safetensors"):
         assert word in text.replace("\n", ""), word
     assert "Traceback" not in text and "Warning" not in text, text
 
@@ -121,9 +123,8 @@ def test_begin_from_another_checkpoint(finished, tmp_path):
 def test_no_connection_to_wandb_is_no_reason_to_fail(tmp_path):
     out = tmp_path / "run"
     words = [*TINY, "duration=2steps", f"out={out}", "logger=wandb", "logger.wandb.mode=online"]
-    env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    done = subprocess.run(
-        [sys.executable, "-m", "ssl_lab", *words], env={**__import__("os").environ, **env}, capture_output=True, text=True, timeout=180
-    )
+    env = os.environ | {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-m", "ssl_lab", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert rows(out)[-1]["step"] == "2"

@@ -52,9 +52,9 @@ def run(words: list[str], fault: tuple[str, int] | None = None, log: Path | None
 
 def _main(words: list[str], fault: tuple[str, int] | None, log: str | None) -> None:
     if log is not None:
-        stream = open(log, "w", buffering=1)
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     import torch
 
     from ssl_lab.cli.main import main
@@ -68,13 +68,14 @@ def _main(words: list[str], fault: tuple[str, int] | None, log: str | None) -> N
 
 def _arm(place: str, count: int) -> None:
     """Kill this process when it comes to `place` for the `count`-th time."""
+    from ssl_lab import files
     from ssl_lab.methods.base import Method
     from ssl_lab.train import checkpoint, loggers
 
     owner, name = {
         "backward": (Method, "optimizer_step"),
         "save": (checkpoint._Hashed, "write"),
-        "rename": (checkpoint, "_sync"),
+        "rename": (files.os, "replace"),
         "verify": (checkpoint, "_require_plain"),
         "log": (loggers.CSVLogger, "log_metrics"),
     }[place]

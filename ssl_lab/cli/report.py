@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
-from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ssl_lab.cli.resume import Standing
@@ -17,7 +16,7 @@ from ssl_lab.methods.base import Method
 
 def heading(
     cfg: DictConfig, method: Method, data: DataModule, trainer: L.Trainer, steps: int, standing: Standing
-) -> RenderableType:
+) -> list[str | Table]:
     """The run in a few lines: what is trained, on what, for how long, and from where."""
     samples = method.samples_per_step
     epochs = steps * samples / max(1, data.num_train)
@@ -31,21 +30,16 @@ def heading(
         "folder": str(cfg.out),
     }
     if standing.path is not None:
-        lines["goes on"] = f"from step {standing.step:,} ({standing.path.name})"
-    out = Table.grid(padding=(0, 2))
-    for name, text in lines.items():
-        out.add_row(name, text)
-    return Group(f"[bold]{cfg.name}[/bold], seed {cfg.seed}", out)
+        lines["goes on"] = f"from step {standing.step:,} ({standing.path})"
+    return [f"[bold]{cfg.name}[/bold], seed {cfg.seed}", *(f"{name:<11}{text}" for name, text in lines.items())]
 
 
-def summary(out: Path, rows: Sequence[Row], steps: int) -> list[RenderableType]:
+def summary(out: Path, rows: Sequence[Row], steps: int) -> list[str | Table]:
     """Results as a table, and where everything is."""
-    places = {"weights": "last.safetensors", "numbers": "metrics.csv", "results": "metrics.json", "pictures": "pictures"}
-    found = Table.grid(padding=(0, 2))
-    for name, place in places.items():
-        if (out / place).exists():
-            found.add_row(name, str(out / place))
-    return [f"done: {steps:,} steps", *([table(rows)] if rows else []), found]
+    places = ("weights", "last.safetensors"), ("numbers", "metrics.csv"), ("results", "metrics.json"), ("pictures",) * 2
+    shown = [row for row in rows if row.subject != "trained" or row.step == steps]
+    found = [f"{name:<11}{out / place}" for name, place in places if (out / place).exists()]
+    return [f"done: {steps:,} steps", *([table(shown)] if shown else []), *found]
 
 
 def _parameters(method: Method) -> str:

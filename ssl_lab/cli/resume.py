@@ -1,8 +1,9 @@
 """Where a run stands: nothing yet, half-way, or done. The same command goes on from there, another one is refused."""
 
+import contextlib
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from torch import nn
 
 from ssl_lab.errors import UserError
+from ssl_lab.files import write_text
 from ssl_lab.train import checkpoint
 
 IDENTITY = ("method", "data", "optim", "seed", "duration", "ema")
@@ -46,8 +48,8 @@ def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start:
     before = checkpoint.facts(path).get("samples_per_step")
     if before not in (None, samples_per_step):
         raise UserError(
-            f"{path} was trained on {before} samples per step, this command has {samples_per_step}: data and learning rate "
-            "would not continue; keep data.batch_size x devices x trainer.accumulate_grad_batches the same"
+            f"{path} was trained on {before} samples per step, this command has {samples_per_step}: "
+            "data and learning rate would jump; keep data.batch_size x devices x accumulate_grad_batches the same"
         )
     return Standing(path, step)
 
@@ -67,8 +69,9 @@ def require_fit(path: Path, method: nn.Module) -> None:
         )
 
 
-def lock(out: Path) -> int:
-    """Hold `out` for this process until it ends, however it ends; gives the open file, to be kept.
+@contextlib.contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder until the end of this one, however it ends.
 
     Raises:
         UserError: another process trains there, or nothing can be written there.
@@ -79,18 +82,19 @@ def lock(out: Path) -> int:
     except OSError as error:
         raise UserError(f"out={out}: {error.strerror}; give a folder that can be written to") from error
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: forked workers do not hold it
-    except BlockingIOError as error:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
+            except BlockingIOError:
+                raise UserError(f"another process is training in {out}; stop it, or give another out=") from None
+        yield
+    finally:
         os.close(descriptor)
-        raise UserError(f"another process is training in {out}; wait for it, stop it, or give another out=") from error
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
 
 
 def save_config(out: Path, config: Mapping[str, Any]) -> None:
     """Write `config.yaml`, all interpolations resolved."""
-    checkpoint.write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def _require_same(out: Path, config: Mapping[str, Any]) -> None:

@@ -3,52 +3,46 @@
 import contextlib
 import functools
 import json
-import logging
 import signal
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.report import heading, summary
-from ssl_lab.cli.resume import lock, require_fit, save_config, standing
+from ssl_lab.cli.resume import holding, require_fit, save_config, standing
+from ssl_lab.cli.trainer import make_trainer, quiet
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Evaluator, moved
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.results import Row, read, write
 from ssl_lab.evals.runner import logged, run_all
+from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
 from ssl_lab.pictures import side_by_side, unnormalize
 from ssl_lab.train import checkpoint
 from ssl_lab.train.callbacks import EMA, Checkpoints, Pictures, RunEvals
 from ssl_lab.train.guard import Guard
 from ssl_lab.train.loggers import Loggers
-from ssl_lab.train.metrics import DataWait, Log
+from ssl_lab.train.metrics import Log
 from ssl_lab.train.parallel import Parallel
 from ssl_lab.train.progress import StepBar
 from ssl_lab.train.signals import Interrupted, Signals
 from ssl_lab.weights import io
 
 _SHOWN = 8  # images in a picture
-_NOISE = (  # Lightning's advice that does not apply here
-    ".*does not have many workers.*",
-    ".*configure_model.*callback.*",
-    ".*`max_epochs` was not set.*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-)
 
 
 def run(cfg: DictConfig) -> None:
@@ -58,8 +52,9 @@ def run(cfg: DictConfig) -> None:
         UserError: a mistake in the configuration, the data, or the run folder.
         SystemExit: 75 after SIGTERM or SIGUSR1, 130 after SIGINT; the state is saved first.
     """
-    with _quiet(), Signals() as signals:
-        training = Training(cfg, signals)
+    first = rank_zero_only.rank == 0
+    with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
+        training = Training(cfg, signals, first=first)
         training.fit()
         training.finish()
 
@@ -67,21 +62,23 @@ def run(cfg: DictConfig) -> None:
 class Training:
     """One run: its parts, built from the configuration, and what is done with them in turn."""
 
-    def __init__(self, cfg: DictConfig, signals: Signals) -> None:
-        self.cfg, self.signals, self.out = cfg, signals, Path(cfg.out)
-        self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        self.first = rank_zero_only.rank == 0
-        self.console = Console(quiet=not self.first, highlight=False)
-        self._lock = lock(self.out) if self.first else None
+    def __init__(self, cfg: DictConfig, signals: Signals, *, first: bool) -> None:
+        self.cfg, self.signals, self.out, self.first = cfg, signals, Path(cfg.out), first
         self.data = build(cfg.data)
         self.data.setup("fit")
+        if cfg.method.get("num_classes") == 0:  # as many as the data has
+            cfg.method.num_classes = len(self.data.classes)
+        self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        self.console = Console(quiet=not first, highlight=False)
         torch.manual_seed(cfg.seed)
         self.method: Method = build(cfg.method)
         self.method.optim, self.method.seed = build(cfg.optim), cfg.seed
-        self.method.parallel = Parallel(checkpoint_blocks=cfg.checkpoint_blocks, compile=cfg.compile)
+        self.method.parallel = Parallel(
+            checkpoint_blocks=cfg.checkpoint_blocks, compile=cfg.compile, fp32_residual=cfg.fp32_residual
+        )
         self.evaluators: dict[str, Evaluator] = {name: build(node) for name, node in cfg.eval.items()}
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
-        self.loggers = Loggers(make, silent=not self.first)
+        self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
         self.trainer = self._trainer()
         self.method.samples_per_step = (
@@ -95,23 +92,31 @@ class Training:
 
     def fit(self) -> None:
         """Train from where the run stands to its end, or until a signal."""
-        self.console.print(heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
+        self._say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
         if self.standing.step >= self.steps:
             self.method.load_state_dict(checkpoint.read(self.standing.path)["state_dict"])
             return
+        self.loggers.open()
         self.loggers.config(self.config)
         self.loggers.rewind(self.standing.step if self.standing.step else -1)
         if self.first:
             save_config(self.out, self.config)
-            checkpoint.sweep(self.out / "checkpoints")
+            sweep(self.out)
+            sweep(self.out / "checkpoints")
         if self.cfg.baselines and self.standing.step == 0 and self.first:
             self._judge(self.evaluators, 0, "raw pixels", Pixels())
             self._judge(self.evaluators, 0, "random encoder", self.method)
         self.signals.deferred = True
         try:
             self.trainer.fit(self.method, datamodule=self.data, ckpt_path=self.standing.path, weights_only=True)
-        except BaseException:
+        except SIGTERMException:
+            pass  # Lightning's own handler was quicker; the state is saved
+        except BaseException as error:
             self.loggers.close("failed")
+            if not isinstance(error, UserError):
+                self._say(
+                    f"stopped; the newest checkpoint is {checkpoint.find(self.out)}, the same command goes on there"
+                )
             raise
         finally:
             self.signals.deferred = False
@@ -120,7 +125,6 @@ class Training:
 
     def finish(self) -> None:
         """Judge, draw and export the trained weights, and show it all."""
-        self.method.to(self.trainer.strategy.root_device)
         rows = read(self.out / "metrics.json")
         known = {(r.evaluator, json.dumps(r.protocol)) for r in rows if (r.subject, r.step) == ("trained", self.steps)}
         missing = {k: e for k, e in self.evaluators.items() if (k, json.dumps(e.protocol)) not in known}
@@ -130,8 +134,7 @@ class Training:
         if self.first and isinstance(encoder, nn.Module):
             io.save(encoder, self.out / "last.safetensors")
         self.loggers.close()
-        for part in summary(self.out, read(self.out / "metrics.json"), self.steps):
-            self.console.print(part)
+        self._say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
 
     def _trainer(self) -> L.Trainer:
         cfg, weights = self.cfg, contextlib.nullcontext if self.ema is None else self.ema.applied
@@ -159,51 +162,32 @@ class Training:
         ]
         if cfg.trainer.enable_progress_bar:
             callbacks.append(StepBar())
-        plugins: list[Any] = [checkpoint.CheckpointFiles()]
-        if SLURMEnvironment.detect():
-            plugins.append(SLURMEnvironment(auto_requeue=False))  # the signal's exit code asks for it
-        require_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-        if cfg.trainer.log_every_n_steps < 1:
-            raise UserError(f"trainer.log_every_n_steps={cfg.trainer.log_every_n_steps}: give 1 or more optimizer steps")
-        fixed = {"profiler": DataWait()} if cfg.trainer.profiler is None else {}
-        try:
-            trainer: L.Trainer = build(
-                cfg.trainer,
-                **fixed,
-                max_epochs=-1,  # the length is given in steps, set as soon as the number of devices is known
-                logger=False,  # ours write before a checkpoint is taken; Lightning would write after it
-                callbacks=callbacks,
-                plugins=plugins,
-                default_root_dir=self.out,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                enable_model_summary=False,
-            )
-        except (ValueError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-        return trainer
+        return make_trainer(cfg.trainer, self.out, callbacks)
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
-        """During training: loggers are the callback's business."""
+        """In training, where logging is the callback's business."""
         rows = self._rows({name: self.evaluators[name] for name in names}, step, "trained", self.method)
+        self._record(rows)
         return logged(rows)
 
     def _judge(self, evaluators: Mapping[str, Evaluator], step: int, subject: str, method: nn.Module) -> None:
-        """Before and after training: `trained` values go to the loggers too."""
-        if evaluators:
-            rows = self._rows(evaluators, step, subject, method.to(self.trainer.strategy.root_device))
-            if subject == "trained":
-                self.loggers.scalars(logged(rows), step)
+        """Before and after training; results last, since what they hold is not done again."""
+        method.to(self.trainer.strategy.root_device)
+        if not evaluators:
+            return
+        rows = self._rows(evaluators, step, subject, method)
+        if subject == "trained":
+            self.loggers.open()
+            self.loggers.scalars(logged(rows), step)
+        self._record(rows)
 
     def _rows(self, evaluators: Mapping[str, Evaluator], step: int, subject: str, method: nn.Module) -> list[Row]:
         precision = self.trainer.precision_plugin.forward_context
-        rows = run_all(
-            evaluators, method, self.data, step=step, subject=subject, precision=precision, say=self.console.print
-        )
+        return run_all(evaluators, method, self.data, step=step, subject=subject, precision=precision, say=self._say)
+
+    def _record(self, rows: list[Row]) -> None:
         if self.first:
             write(self.out / "metrics.json", rows)
-        return rows
 
     def _draw(self) -> dict[str, Tensor]:
         """What the method makes of some test images, and its patch features as colours."""
@@ -215,16 +199,21 @@ class Training:
                 columns = self.method.pictures(batch)
                 drawn["reconstruction"] = side_by_side({k: unnormalize(v, *stats) for k, v in columns.items()})
             if isinstance(getattr(self.method, "encoder", None), ViT):
-                images = {"input": unnormalize(batch["image"], *stats), "features": feature_maps(self.method.encoder, batch["image"])}
-                drawn["features"] = side_by_side(images)
+                colours = feature_maps(self.method.encoder, batch["image"])
+                drawn["features"] = side_by_side({"input": unnormalize(batch["image"], *stats), "features": colours})
         return drawn
 
+    def _say(self, *parts: str | Table) -> None:
+        """Show on the first rank; lines are not broken, so that paths can be copied."""
+        for part in parts:
+            self.console.print(part, soft_wrap=isinstance(part, str))
+
     def _leave(self) -> None:
-        """After a signal: say how to go on and end with its code. Other ranks leave quietly, or a launcher kills all."""
+        """After a signal: say how to go on and end with its code. Other ranks end with 0: a launcher would kill all."""
         self.loggers.close()
         received = self.signals.received or signal.SIGTERM
         saved = checkpoint.find(self.out)
-        self.console.print(f"{received.name}: saved {saved}; the same command goes on from there")
+        self._say(f"{received.name}: saved {saved}; the same command goes on from there")
         raise Interrupted(received) if self.first else SystemExit(0)
 
 
@@ -236,29 +225,3 @@ class Handlers(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._signals.install()
-
-
-def require_precision(precision: Any, accelerator: str) -> None:
-    """Half precision needs a GPU: Lightning would quietly train in another.
-
-    Raises:
-        UserError: 16-mixed or 16-true on a CPU.
-    """
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    if on_cpu and str(precision).startswith("16"):
-        raise UserError(f"trainer.precision={precision} needs a GPU and this run is on the CPU; use bf16-mixed or 32-true")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notices and advice on what is set on purpose here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for text in _NOISE:
-            warnings.filterwarnings("ignore", text)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def aside(method: L.LightningModule) -> Iterator[None]:
-    """Do something else with a method in the middle of training: in eval mode, leaving modes and random states alone."""
+    """Do something else with a method in training: in eval mode, leaving modes and random states as they were."""
     training = {module: module.training for module in method.modules()}
     with torch.random.fork_rng():
         method.eval()
@@ -123,7 +123,7 @@ class RunEvals(L.Callback):
 
     Args:
         every: name -> steps between two runs, 0 = not during training.
-        run: takes (names, step), gives scores by name.
+        run: takes (names, step), gives scores by name, and leaves the method as it was.
         loggers: where scores go.
         weights: gives a context in which the method holds the weights to judge.
     """
@@ -144,7 +144,7 @@ class RunEvals(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or step == trainer.max_steps:
             return
         if names := [name for name, every in self._every.items() if every and step % every == 0]:
-            with aside(pl_module), self._weights(pl_module):
+            with self._weights(pl_module):
                 scores = self._run(names, step)
             self._loggers.scalars(scores, step)
 

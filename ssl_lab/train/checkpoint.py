@@ -1,7 +1,7 @@
 """Checkpoint files that survive a kill, a full disk and a flipped bit.
 
 A file is written beside its final name, forced to disk, read back under `weights_only=True`, and only then renamed. A
-sidecar `step=N.json`, in place before the rename, holds its size and SHA-256: a checkpoint counts only while both agree.
+sidecar `step=N.json`, in place before the rename, holds its size and SHA-256: a checkpoint counts while both agree.
 """
 
 import errno
@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from ssl_lab import dist
 from ssl_lab.errors import UserError
+from ssl_lab.files import replacing, write_text
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,7 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
     size = _num_bytes(checkpoint)
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             stream = _Hashed(file)
             try:
@@ -93,8 +93,6 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
                 if stream.error is not None:  # torch hides the cause
                     raise stream.error from None
                 raise
-            file.flush()
-            os.fsync(file.fileno())
         _require_plain(temporary)
         facts = {
             "step": int(checkpoint.get("global_step", 0)),
@@ -105,20 +103,6 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
             "versions": {"torch": str(torch.__version__), "lightning": lightning.__version__},
         }
         write_text(_sidecar(path), json.dumps(facts, indent=1) + "\n")
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -186,7 +170,7 @@ def find(out: str | Path) -> Path | None:
             return path
         log.warning("checkpoint %s is damaged (%s): looking for an older one", path, problem)
     if found:
-        raise UserError(f"every checkpoint in {folder} is damaged; remove the folder to start afresh, or give another out=")
+        raise UserError(f"every checkpoint in {folder} is damaged; remove it to start afresh, or give another out=")
     return None
 
 
@@ -196,12 +180,6 @@ def stored(folder: Path) -> list[Path]:
         return []
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(steps)]
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
-        path.unlink(missing_ok=True)
 
 
 class _Hashed:
@@ -229,7 +207,8 @@ def _require_plain(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"this run cannot be saved safely ({_first_line(error)}); states may hold tensors, numbers, text, lists and dicts only"
+            f"this run cannot be saved safely ({_first_line(error)}); "
+            "states may hold tensors, numbers, text, lists and dicts only"
         ) from error
 
 
@@ -258,14 +237,3 @@ def _point(path: Path) -> None:
         os.replace(temporary, path.with_name(LAST))
     except OSError as error:
         log.warning("%s is not updated: %s", LAST, error.strerror)
-
-
-def _sync(folder: Path) -> None:
-    """Force the names in a folder to disk, where the system allows it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse; the rename itself stands
-    finally:
-        os.close(descriptor)

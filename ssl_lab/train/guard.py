@@ -36,7 +36,9 @@ class Guard(L.Callback):
         self._losses: list[Tensor] = []
         self._rows: list[Tensor] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._losses, self._rows = [], []
         if "index" in batch:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from ssl_lab.train.checkpoint import write_text
+from ssl_lab.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +20,17 @@ _UNUSABLE = "logger %s is left out, training goes on: %s"
 
 
 class CSVLogger(Logger):
-    """One table `metrics.csv` that a resumed run continues: one row per step, a column per name, written at once.
+    """One table `metrics.csv` that a resumed run continues: a row per step, a column per name, on file at once.
 
-    Lightning's logger of this name deletes the file of an earlier run.
+    What is logged again for the latest step is added to its row. Lightning's logger of this name deletes the file of
+    an earlier run.
     """
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
-        self._columns = self._header()
+        self._columns, rows = self._read()
+        self._last: dict[str, Any] = rows[-1] if rows else {}
 
     @property
     def name(self) -> str:
@@ -42,12 +44,16 @@ class CSVLogger(Logger):
         """Nothing: the run folder holds config.yaml."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step or 0, **metrics}
-        if new := set(row) - set(self._columns):
+        row: dict[str, Any] = {"step": str(step or 0), **metrics}
+        again, new = row["step"] == self._last.get("step"), set(row) - set(self._columns)
+        self._last = self._last | row if again else row
+        if again or new:
+            rows = self._read()[1]
             self._columns = ["step", *sorted({*self._columns, *new} - {"step"})]
-            self._rewrite(self._rows())
-        with open(self.path, "a", newline="") as file:
-            file.write(_line([row.get(name, "") for name in self._columns]))
+            self._write([*(rows[:-1] if again else rows), self._last])
+        else:
+            with open(self.path, "a", newline="") as file:
+                file.write(self._line(row))
 
     def save(self) -> None:
         """Force the rows to disk."""
@@ -58,35 +64,45 @@ class CSVLogger(Logger):
     def rewind(self, step: int) -> None:
         """Drop rows after `step`, and a row that a killed run left half written."""
         if self.path.exists():
-            self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
+            rows = [row for row in self._read()[1] if int(row["step"]) <= step]
+            self._last = rows[-1] if rows else {}
+            self._write(rows)
 
-    def _header(self) -> list[str]:
+    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Columns and whole rows of the file."""
         if not self.path.exists():
-            return []
-        with open(self.path, newline="") as file:
-            return next(csv.reader(file), [])
-
-    def _rows(self) -> list[dict[str, str]]:
-        """Whole rows of the file."""
-        if not self.path.exists():
-            return []
+            return [], []
         with open(self.path, newline="") as file:
             text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and row["step"].isdigit()]
+        table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows = [row for row in table if None not in row.values() and row["step"].isdigit()]
+        return [*(table.fieldnames or [])], rows
 
-    def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        lines = [_line(self._columns), *(_line([row.get(name, "") for name in self._columns]) for row in rows)]
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "".join(lines))
+        write_text(self.path, "".join(map(self._line, [dict(zip(self._columns, self._columns, strict=True)), *rows])))
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self._columns])
+        return text.getvalue()
 
 
 class Loggers:
-    """All loggers of a run behind one door; silent on other ranks than the first."""
+    """All loggers of a run behind one door, which stays closed until there is something to log.
 
-    def __init__(self, make: Mapping[str, Callable[[], Logger]], *, silent: bool = False) -> None:
+    Args:
+        make: name -> makes the logger; none on ranks other than the first.
+    """
+
+    def __init__(self, make: Mapping[str, Callable[[], Logger]]) -> None:
+        self._make = dict(make)
         self._loggers: dict[str, Logger] = {}
-        for name, build in {} if silent else make.items():
+
+    def open(self) -> None:
+        """Make every logger that is not open yet."""
+        while self._make:
+            name, build = self._make.popitem()
             try:
                 logger = build()
                 _ = getattr(logger, "experiment", None)  # connects: better now than at the first number
@@ -129,7 +145,7 @@ class Loggers:
 
 
 def wandb(save_dir: str | Path, *, project: str = "ssl_lab", name: str | None = None, mode: str = "offline") -> Logger:
-    """Weights & Biases. A resumed run goes on under its own id; without a connection it stays on disk, for `wandb sync`."""
+    """Weights & Biases. A resumed run keeps its id; without a connection it stays on disk, for `wandb sync`."""
     import wandb as package
 
     note = Path(save_dir) / "wandb_id"
@@ -151,7 +167,7 @@ def wandb(save_dir: str | Path, *, project: str = "ssl_lab", name: str | None = 
     except Exception as error:
         if mode != "online":
             raise
-        log.warning("no connection to W&B (%s): the run is kept on disk, send it later with `wandb sync`", _reason(error))
+        log.warning("no connection to W&B (%s): kept on disk, to be sent later with `wandb sync`", _reason(error))
         return connect("offline")
 
 
@@ -161,12 +177,6 @@ def _show(logger: Logger, images: Mapping[str, Tensor], step: int) -> None:
             logger.experiment.add_image(name, image, step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [image.permute(1, 2, 0).numpy()], step)
-
-
-def _line(values: Sequence[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
 
 
 def _reason(error: Exception) -> str:

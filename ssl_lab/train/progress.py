@@ -45,8 +45,9 @@ class StepBar(ProgressBar):
         self._shown = self._begun = time.monotonic()
         self._first, self._samples = trainer.global_step, pl_module.samples_per_step
         if self._enabled and self._console.is_terminal:
-            columns = (MofNCompleteColumn(), _Rate(self._samples), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-            self._bar = Progress(TextColumn("training"), BarColumn(), *columns, console=self._console)
+            loss = TextColumn("{task.fields[loss]}")
+            columns = BarColumn(), MofNCompleteColumn(), _Rate(self._samples), TimeRemainingColumn(), loss
+            self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("", total=trainer.max_steps, completed=self._first, loss="")
             self._bar.start()
 

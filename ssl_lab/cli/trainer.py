@@ -1,0 +1,83 @@
+"""Lightning's Trainer, set up for runs whose length is counted in steps and which log and save by their own rules."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from ssl_lab.cli.compose import build
+from ssl_lab.errors import UserError
+from ssl_lab.train.checkpoint import CheckpointFiles
+from ssl_lab.train.metrics import DataWait
+
+_NOISE = (  # advice that does not apply here
+    ".*does not have many workers.*",
+    ".*configure_model.*callback.*",
+    ".*LeafSpec.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
+)
+
+
+def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """The Trainer of a configuration; how many steps it runs is set as soon as its number of devices is known.
+
+    Raises:
+        UserError: a value that Lightning refuses, or would quietly replace.
+    """
+    require_precision(node.precision, node.accelerator)
+    if node.log_every_n_steps < 1:
+        raise UserError(f"trainer.log_every_n_steps={node.log_every_n_steps}: give 1 or more optimizer steps")
+    plugins: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the exit code of a signal asks for it
+    try:
+        trainer: L.Trainer = build(
+            node,
+            **({"profiler": DataWait()} if node.profiler is None else {}),
+            max_epochs=-1,
+            logger=False,  # ours write before a checkpoint is taken; Lightning would write after it
+            callbacks=callbacks,
+            plugins=plugins,
+            default_root_dir=out,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    return trainer
+
+
+def require_precision(precision: Any, accelerator: str) -> None:
+    """Half precision needs a GPU: Lightning would quietly train in another.
+
+    Raises:
+        UserError: 16-mixed or 16-true on a CPU.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and str(precision).startswith("16"):
+        raise UserError(f"trainer.precision={precision} needs a GPU, and this run is on the CPU: use bf16-mixed")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's notices, and its advice on what is set on purpose here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in _NOISE:
+            warnings.filterwarnings("ignore", text)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
