@@ -94,6 +94,10 @@ def test_a_saved_backbone_builds_itself(tmp_path, changes):
     assert os.listdir(tmp_path / "deep") == ["a.safetensors"]
 
 
+def test_any_hidden_width_survives_its_ratio():
+    assert all(int(dim * io._ratio(hidden, dim)) == hidden for dim in range(1, 300) for hidden in range(1, 300))
+
+
 def test_a_saved_timm_model_builds_itself(tmp_path):
     model = Timm("resnet10t", in_chans=1).eval()
     io.save(model, tmp_path / "a.safetensors")

@@ -29,20 +29,22 @@ class Timm(nn.Module):
         UserError: unknown name or argument, or weights that cannot be had.
     """
 
+    model: Any
+
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any) -> None:
         super().__init__()
         check_timm_name(name)
         self.arguments: dict[str, Any] = {"name": name, "image_size": image_size, **kwargs}
         sized = image_size is not None and built_for_one_size(name)
         try:
-            self.model = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, **({"img_size": image_size} if sized else {}), **kwargs
-            )
+            more = {"img_size": image_size, **kwargs} if sized else kwargs
+            model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
         except Exception as error:
             what = "its weights (is there a network?)" if pretrained else "it"
             raise UserError(f"timm cannot give {what} for {name!r}: {str(error).splitlines()[0][:160]}") from error
-        self.dim: int = self.model.num_features
-        self.num_prefix: int = getattr(self.model, "num_prefix_tokens", 0)
+        self.model = model
+        self.dim: int = model.num_features
+        self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)
 
     def forward(
         self, x: Tensor, *, keep: Tensor | None = None, mask: AttnMask = FULL, layers: Sequence[int] = ()

@@ -116,13 +116,13 @@ def _mae_to_hf(mae: MAE, folder: Path) -> Exported:
     facts = io.architecture(mae.encoder).get("arguments")
     if not facts or export.hf_kind(facts)[0] != "ViT":
         raise UserError("transformers' ViTMAE knows plain blocks only; export to=timm, or to=safetensors")
-    decoder = mae.decoder.blocks[0]
+    hidden = mae.decoder.state_dict()["blocks.0.mlp.fn.fc1.bias"]
     config = transformers.ViTMAEConfig(
         **hf_vit.arguments(facts),
         decoder_hidden_size=mae.decoder.embed.out_features,
         decoder_num_hidden_layers=len(mae.decoder.blocks),
-        decoder_num_attention_heads=decoder["attn"].fn.num_heads,
-        decoder_intermediate_size=decoder["mlp"].fn.fc1.out_features,
+        decoder_num_attention_heads=io.num_heads(mae.decoder),
+        decoder_intermediate_size=len(hidden),
         norm_pix_loss=mae.norm_pix,
         mask_ratio=mae.mask_ratio,
     )

@@ -65,8 +65,8 @@ def to_timm(backbone: nn.Module, folder: Path) -> Exported:
         {key: value.cpu().contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    difference, scale = compare(backbone, lambda x: theirs.forward_features(x), (chans, size, size))
+    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    difference, scale = compare(backbone, theirs.forward_features, (chans, size, size))
     opener = 'timm.create_model("local-dir:{}", pretrained=True)'
     return Exported(f"timm {timm.__version__}", difference, scale, opener)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ssl_lab.backbones.timm import Timm
@@ -87,19 +87,19 @@ def architecture(backbone: nn.Module) -> dict[str, Any]:
     """Class and constructor arguments as plain JSON; empty for a backbone of other parts."""
     if isinstance(backbone, Timm):
         return {"class": "Timm", "arguments": backbone.arguments}
-    if not isinstance(backbone, ViT) or not all(_plain(block) for block in backbone.blocks):
+    if not isinstance(backbone, ViT) or not all(map(_plain, backbone.blocks)):
         return {}
-    first, facts = backbone.blocks[0], _facts(backbone.state_dict())
+    facts = _facts(backbone.state_dict())
     return {
         "class": "ViT",
         "arguments": {
             "dim": backbone.dim,
             "depth": len(backbone.blocks),
-            "num_heads": first["attn"].fn.num_heads,
+            "num_heads": num_heads(backbone),
             "image_size": backbone.grid[0] * facts["patch_size"],
             "patch_size": facts["patch_size"],
             "in_chans": facts["in_chans"],
-            "mlp_ratio": first["mlp"].fn.fc1.out_features / backbone.dim,
+            "mlp_ratio": facts["mlp_ratio"],
             "cls_token": facts["cls_token"],
             "num_registers": facts["num_registers"],
             "layer_scale": 1.0 if facts["layer_scale"] else None,
@@ -118,15 +118,20 @@ def vit(arguments: Mapping[str, Any]) -> ViT:
 
 
 def num_heads(backbone: nn.Module) -> int | None:
-    """Attention heads of a ViT, None for anything else."""
-    return backbone.blocks[0]["attn"].fn.num_heads if isinstance(backbone, ViT) else None
+    """Attention heads of a transformer of ours, None for anything else."""
+    return next((module.num_heads for module in backbone.modules() if isinstance(module, Attention)), None)
 
 
-def _plain(block: Block) -> bool:
+def _plain(block: nn.Module) -> bool:
     """Whether `encoder_block` made it, so that a handful of arguments describe it."""
-    if list(block) != ["attn", "mlp"] or type(block["attn"].fn) is not Attention or type(block["mlp"].fn) is not MLP:
+    if not isinstance(block, Block) or list(block) != ["attn", "mlp"]:
         return False
-    return type(block["attn"].fn.q_norm) in (nn.Identity, nn.LayerNorm) and block["mlp"].fn.act is F.gelu
+    attention, mlp = block["attn"].fn, block["mlp"].fn
+    if not isinstance(attention, Attention) or not isinstance(mlp, MLP):
+        return False
+    norm: nn.Module = attention.q_norm
+    known = isinstance(norm, nn.Identity) or (isinstance(norm, nn.LayerNorm) and norm.eps == layer_norm(1).eps)
+    return known and mlp.act is F.gelu
 
 
 def _resampled(source: Source, own: State, grid: tuple[int, int] | None, spec: str) -> State:
@@ -173,9 +178,15 @@ def _facts(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         "patch_size": patch.shape[-1],
         "in_chans": patch.shape[1],
-        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "mlp_ratio": _ratio(hidden.shape[0], hidden.shape[1]),
         "cls_token": "cls_token" in state,
         "num_registers": 0 if registers is None else registers.shape[1],
         "layer_scale": "blocks.0.attn.layer_scale.gamma" in state,
         "qk_norm": "blocks.0.attn.fn.q_norm.weight" in state,
     }
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """`hidden / dim`, such that int(dim * ratio) is `hidden` again: that is how every library uses it."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -59,7 +59,7 @@ def _from_timm(name: str) -> Source:
 
     check_timm_name(name)
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:
         raise UserError(
             f"timm:{name}: no weights ({_line(error)}); without a network, fetch its safetensors file elsewhere and "
@@ -69,13 +69,14 @@ def _from_timm(name: str) -> Source:
         raise UserError(
             f"timm:{name} is a {type(model).__name__}, not a ViT; use backbone=timm with name={name} instead"
         )
-    act = getattr(model.blocks[0].mlp, "act", None)
+    block: Any = model.blocks[0]
+    act = getattr(block.mlp, "act", None)
     if not isinstance(act, nn.GELU) or act.approximate != "none":
         raise UserError(
             f"timm:{name} uses the activation {act}, our ViT exact GELU; use backbone=timm with name={name}"
         )
     state = rename(timm_vit.fold(model.state_dict(), model.patch_embed.num_patches), timm_vit.TABLE)
-    return Source(state, model.blocks[0].attn.num_heads, tuple(model.patch_embed.grid_size))
+    return Source(state, block.attn.num_heads, tuple(model.patch_embed.grid_size))
 
 
 def check_timm_name(name: str) -> None:
@@ -128,8 +129,9 @@ def _from_hf(name: str) -> Source:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports of unused heads; what is missing, we say ourselves."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -50,7 +50,7 @@ def fold(state: Mapping[str, Tensor], num_patches: int | None = None) -> State:
     if patches(length):
         out["pos_embed"] = torch.cat([torch.zeros_like(table[:, :cls]), table], 1)
     elif registers and patches(length - cls - registers):
-        head, own, rest = table.split([cls, registers, length - cls - registers], 1)
+        head, own, rest = table[:, :cls], table[:, cls : cls + registers], table[:, cls + registers :]
         out["pos_embed"], out["reg_token"] = torch.cat([head, rest], 1), out["reg_token"] + own
     elif not patches(length - cls):
         raise UserError(f"weights: {length} positions beside {cls + registers} prefix tokens do not form a square grid")
