@@ -1,0 +1,32 @@
+"""Test accuracy of a method that has a classifier of its own."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from ssl_lab.evals.base import Round, accuracy
+from ssl_lab.types import Classifies
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of test images that the method's own classifier gets right.
+
+    Args:
+        limit: use so many rows of the split only.
+        every: training steps between two runs, 0 = only at the end.
+    """
+
+    limit: int | None = None
+    every: int = 0
+    needs: ClassVar[type] = Classifies
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
+        return {"head": "the method's own", "limit": self.limit}
+
+    def run(self, round: Round) -> dict[str, float]:
+        """Percent of labelled test rows: top1, and top5 where there are more than 5 classes."""
+        scored = round.extract(cast(Classifies, round.method).classify, "test", self.limit)
+        test = round.only_labelled(scored, "test")
+        return accuracy(test.x, test.y)

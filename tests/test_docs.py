@@ -1,0 +1,86 @@
+"""Every command in README and docs is run, in the order of its page, at toy size and offline."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from torchvision.transforms.v2.functional import to_pil_image
+
+from ssl_lab.cli.main import main
+from ssl_lab.data.shapes import Shapes
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
+VERBS = ("train", "evaluate", "export", "bench", "list", "doctor")
+TOY = {
+    "duration": "2steps",
+    "data.batch_size": "8",
+    "data.num_workers": "0",
+    "trainer.enable_progress_bar": "false",
+    "eval": "[collapse]",
+}
+VIT = {"method.encoder.depth": "1", "method.encoder.dim": "32", "method.encoder.num_heads": "2"}
+DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
+SHAPES = {"data.train.length": "64", "data.test.length": "32"}
+NETWORK = re.compile(r"timm:|hf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10|_in1k)\b")
+ELSEWHERE = ("pip install", "git clone", "cd ", "tensorboard", "torchrun", "wandb", "python", ".venv/bin/python")
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's bash fences, continued lines joined, comments dropped."""
+    lines = "".join(BLOCK.findall(page.read_text())).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def toy(words: list[str]) -> list[str]:
+    """The same command, made small wherever it does not say otherwise."""
+    verb = next((w for w in words if w in VERBS), "train")
+    text = " ".join(words)
+    if verb not in ("train", "bench", "evaluate") or "--help" in words:
+        return words
+    more: dict[str, str] = {}
+    if verb != "evaluate":
+        more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
+        if "backbone@method.encoder=timm" not in text:
+            more |= VIT
+        if "mae" in text or "quickstart" in text:
+            more |= DECODER
+    if "folder" not in text and "ckpt=" not in text:
+        more |= SHAPES
+    given = {w.split("=")[0].lstrip("+") for w in words}
+    return [*words, *(f"{k}={v}" for k, v in more.items() if k not in given)]
+
+
+def photos(folder: Path) -> None:
+    """Two classes of twelve small pictures."""
+    samples = Shapes("train", 24).read(range(24))
+    for i, image in enumerate(samples.images):
+        path = folder / ("cats", "dogs")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).resize((40, 40)).save(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_of_a_page_works(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets, command
+            continue
+        if words[0] != "ssl-lab":
+            assert command.startswith(ELSEWHERE), f"{page.name}: no test knows how to run {command!r}"
+            continue
+        argv = toy(words[1:])
+        for name, seed in re.findall(r"runs/(\w+)/(\d+)", command):
+            if not Path(f"runs/{name}/{seed}").exists() and (ROOT / f"conf/experiment/{name}.yaml").exists():
+                path = ["data.path=photos"] if "folder" in name else []
+                assert main(toy([f"experiment={name}", f"seed={seed}", *path])) == 0
+        if NETWORK.search(command) and "list" not in words:
+            argv += ["--cfg", "job"]
+        code = main(argv)
+        assert code == 0, f"{page.name}: {command}\nrun as {argv}\n{capsys.readouterr().err}"
