@@ -74,10 +74,10 @@ class Finetune:
         }
 
     def run(self, round: Round) -> dict[str, float]:
-        """Percent of test rows top1, top5, and the mean loss of the last tenth of the steps."""
+        """Percent of test rows top1, top5; as a detail the mean loss of the last tenth of the steps."""
         encoder, classes = getattr(round.method, "encoder", None), len(round.data.classes)
         if not isinstance(encoder, nn.Module):
-            raise UserError(f"finetune needs method.encoder, and {type(round.method).__name__} has none")
+            raise Skip(f"{type(round.method).__name__} has no encoder to train")
         if not classes:
             raise Skip("the data have no classes")
         model = Classifier(copy.deepcopy(encoder), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ class Finetune:
         model.eval()
         test = round.extract(lambda batch: model(batch["image"]), "test", self.limit)
         test = round.only_labelled(test, "test")
-        return accuracy(test.x, test.y) | {"train_loss": sum(losses) / len(losses)}
+        return accuracy(test.x, test.y) | {"train/loss": sum(losses) / len(losses)}
 
     def _train(self, model: Classifier, round: Round) -> list[float]:
         """Losses of the last tenth of the steps."""

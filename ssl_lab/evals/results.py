@@ -86,7 +86,7 @@ def table(rows: Iterable[Row]) -> Table:
     for row in rows:
         if "/" in row.name:
             continue
-        column, place = f"{row.evaluator} {row.name}", (row.subject, row.step)
+        column, place = f"{row.evaluator}\n{row.name}", (row.subject, row.step)
         columns[column] = None
         cells = next((cells for at, cells in lines if at == place and column not in cells), None)
         if cells is None:
