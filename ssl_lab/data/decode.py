@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 80_000_000  # a small file can claim far more and fill the memory
@@ -74,7 +74,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is no image"
     if isinstance(error, Image.DecompressionBombError):
         return f"it claims more pixels than the limit of {MAX_PIXELS // 10**6} million"

@@ -8,6 +8,8 @@ any device and without a loop over samples.
 import torch
 from torch import Tensor
 
+_CHUNK = 64  # samples done at once on a CPU, so that all between input and output stays in its cache
+
 
 def resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation: str) -> Tensor:
     """(B, 3, H, W) uint8, (B, 4) boxes (top, left, height, width), (B,) bool flips -> (B, 3, size, size) float32.
@@ -15,6 +17,15 @@ def resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation
     Values stay within 0..255: equal to torchvision's `resized_crop(antialias=True)` of a float image, the overshoot
     of bicubic clipped.
     """
+    out = images.new_empty((*images.shape[:2], size, size), dtype=torch.float32)
+    step = _CHUNK if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        out[part] = _resample(images[part], box[part], flip[part], size, interpolation)
+    return out
+
+
+def _resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation: str) -> Tensor:
     b, channels, height, width = images.shape
     rows = weights(box[:, 0], box[:, 2], height, size, interpolation)
     columns = weights(box[:, 1], box[:, 3], width, size, interpolation)
@@ -29,17 +40,23 @@ def weights(start: Tensor, length: Tensor, side: int, size: int, interpolation: 
 
     Shrinking widens the filter by the same factor (antialiasing); pixels outside the span get no weight.
     """
+    scale = length / size
+    stretch = scale.clamp(min=1)[:, None]
     pixel = torch.arange(side, device=start.device) + 0.5 - start[:, None]  # (B, side), seen from the span's start
-    scale = (length / size)[:, None, None]
-    centre = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale
-    distance = ((pixel[:, None] - centre) / scale.clamp(min=1)).abs_()
-    w = _cubic(distance) if interpolation == "bicubic" else (1 - distance).clamp_(min=0)
-    w = w * ((pixel > 0) & (pixel < length[:, None]))[:, None]
-    return w / w.sum(2, keepdim=True)
+    pixel = torch.where((pixel > 0) & (pixel < length[:, None]), pixel / stretch, torch.inf)
+    centre = (torch.arange(size, device=start.device) + 0.5) * scale[:, None] / stretch  # (B, size)
+    distance = (pixel[:, None] - centre[:, :, None]).abs_()
+    w = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(min=0)
+    return w.div_(w.sum(2, keepdim=True))
 
 
-def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution (1981) with a = -0.5, for distances x >= 0."""
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+def _cubic(distance: Tensor) -> Tensor:
+    """Twice Keys' cubic convolution kernel (1981) with a = -0.5, for distances >= 0, with few passes over memory.
+
+    With q = max(2 - d, 0) and p = max(1 - d, 0) its two pieces are q^2 (q - 1) / 2 and, added below 1, p^2 (1 - 2p).
+    """
+    q = distance.neg_().add_(2).clamp_(min=0)
+    w = q - 1
+    p = w.clamp(min=0)
+    w.mul_(q).mul_(q)
+    return w.sub_((p - 0.5).mul_(p).mul_(p), alpha=4)

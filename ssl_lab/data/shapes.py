@@ -59,7 +59,8 @@ class Shapes:
         images = torch.empty(self.length, 3, self.image_size, self.image_size, dtype=torch.uint8)
         targets = torch.empty(self.length, dtype=torch.int64)
         log.info("rendering %s scenes of %d x %d", f"{self.length:,}", self.image_size, self.image_size)
-        for index in torch.arange(self.length).split(_CHUNK):
+        for start in range(0, self.length, _CHUNK):
+            index = torch.arange(start, min(start + _CHUNK, self.length))
             parts = layout(self._seed, index, self.image_size)
             images[index], targets[index] = render(parts), parts.shape[:, 0]
         return images, targets

@@ -41,7 +41,7 @@ def _cover(scene: Layout, size: int) -> Tensor:
     cover = torch.zeros(n * NUM_OBJECTS, size, size)
     shape, present = scene.shape.flatten(), scene.present.flatten()
     center, angle, radius = scene.center.flatten(0, 1), scene.angle.flatten(), scene.radius.flatten()
-    for number in shape[present].unique().tolist():
+    for number in set(shape[present].tolist()):
         here = ((shape == number) & present).nonzero()[:, 0]
         u, v = _axes(center[here], angle[here], size * _SUPERSAMPLE)
         r = radius[here, None, None]

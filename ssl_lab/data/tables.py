@@ -122,7 +122,8 @@ def _hub(path: str, split: str, image_column: str | None, label_column: str | No
         rows = load_dataset(path, split=split)
     except Exception as error:  # its own errors, those of the network, those of the file system
         reason = f"and the Hugging Face hub does not give it: {_line(error)}"
-        raise UserError(f"{path!r} is no local file or folder, {reason}") from error
+        offline = "without a network, set data.path to a folder or parquet file"
+        raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
     return _table(rows, f"{path} {split}", image_column, label_column, lambda column: list(rows.unique(column)), None)
 
 
@@ -180,9 +181,10 @@ def _targets(column: list[Any], known: list[Any], names: list[str] | None, origi
 def _bytes_of(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
-    entry = {"path": value} if isinstance(value, str) else value or {}
-    if entry.get("bytes") is not None or not entry.get("path"):
-        return entry.get("bytes") or b""
+    entry: dict[str, Any] = {"path": value} if isinstance(value, str) else value or {}
+    inside: bytes | None = entry.get("bytes")
+    if inside is not None or not entry.get("path"):
+        return inside or b""
     try:
         return Path(entry["path"]).read_bytes()
     except OSError:
