@@ -229,3 +229,40 @@ def test_every_experiment_says_what_it_is():
     for experiment in catalog.experiments([catalog.conf_folder()]):
         assert not experiment.summary.startswith("("), experiment.name
         assert set(experiment.fields) == set(catalog.FIELDS), experiment.name
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (
+            ["optim.weight_decay={_target_: ssl_lab.schedules.Cosine, start: 0.04, end: 0.4}"],
+            "optim.weight_decay.end",
+            0.4,
+        ),
+        (["optim.layer_decay=null"], "optim.layer_decay", None),
+        (["duration=10epochs"], "duration", "10epochs"),
+        (["duration=10 epochs"], "duration", "10 epochs"),
+        (["name=7"], "name", "7"),
+        (['name="a=b"'], "name", "a=b"),
+        (["eval=knn"], "eval.knn._target_", "ssl_lab.evals.knn.KNN"),
+        (["eval=[knn,linear]", "eval.knn.k=7"], "eval.knn.k", 7),
+        (["eval=[knn,linear]", "~eval.linear"], "eval.linear", None),
+        (["logger=[tensorboard,wandb]"], "logger.csv._target_", "ssl_lab.train.loggers.CSVLogger"),
+        (["views@data.views=resize"], "data.views._target_", "ssl_lab.data.views.Resize"),
+        (["debug=fast", "eval=[knn]"], "name", "debug-fast"),
+    ],
+)
+def test_ways_to_write_a_value(words, key, value, capsys):
+    node = printed_config(capsys, "method=mae", *words)
+    for part in key.split("."):
+        node = None if node is None else node.get(part)
+    assert node == value
+
+
+def test_one_value_where_a_list_stands(capsys):
+    assert printed_config(capsys, "bench", "method=mae", "against=timm")["against"] == ["timm"]
+
+
+def test_a_path_alone_is_taken_for_a_checkpoint(capsys, tmp_path):
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert f"ckpt={tmp_path}" in capsys.readouterr().err

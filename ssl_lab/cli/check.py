@@ -35,11 +35,16 @@ def check_root(cfg: DictConfig, root: Root) -> None:
 
 
 def check_values(cfg: DictConfig, root: Root) -> None:
-    """Values of top-level keys have the type of their default; a number where a text stands becomes one."""
+    """Values of top-level keys have the type of their default.
+
+    A number where a text stands becomes one, and one value where a list stands becomes a list.
+    """
     for key, default in root.keys.items():
         value = cfg[key]
         if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
             cfg[key] = str(value)
+        elif isinstance(default, list) and not isinstance(value, ListConfig):
+            cfg[key] = [] if value is None else [value]
         elif (wanted := misfit(value, kind_of(default))) is not None and not isinstance(default, dict):
             raise UserError(f"{key}={_shown(value)}: {wanted}{_sweep_hint(value)}")
     if "duration" in cfg:

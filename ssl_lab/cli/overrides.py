@@ -69,7 +69,8 @@ def parse(text: str, folders: list[Path]) -> Override:
     key, equals, value = text.partition("=")
     if not equals and not text.startswith("~"):
         named = nearest(text, catalog.choices("experiment", folders), 1)
-        hint = f"; did you mean experiment={named[0]}?" if named else ""
+        meant = f"ckpt={text}" if Path(text).exists() else f"experiment={named[0]}" if named else ""
+        hint = f"; did you mean {meant}?" if meant else ""
         raise UserError(f"'{text}' has no value: write key=value, without spaces around ={hint}")
     if not key.strip("+~") or key != key.strip() or value != value.lstrip():
         raise UserError(f"'{text}': write key=value, without spaces around =")
@@ -121,7 +122,7 @@ def mount(word: Override, places: list[str]) -> str:
     if len(fitting) == 1 and word.package is None:
         return _replaced(word, fitting[0])
     if not fitting:
-        raise UserError(f"{asked}: nothing in this configuration takes a {group}")
+        raise UserError(f"{word.input_line}: nothing in this configuration takes a choice of {group}")
     value = word.get_value_element_as_str()
     raise UserError(f"{asked}={value}: write {' or '.join(f'{place}={value}' for place in fitting)}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +62,8 @@ class Job:
             traceback.print_exc()
             message = f"{type(error).__name__}: {error}".splitlines()[0]
         seconds = round(time.monotonic() - started, 1)
-        status = Status(number, label, "failed" if message else "ok", seconds, str(cfg.get("out")), message)
+        out = OmegaConf.select(cfg, "out", throw_on_resolution_failure=False)
+        status = Status(number, label, "failed" if message else "ok", seconds, str(out), message)
         print(f"job {number + 1} of {self.total}: {status.status}{f', {message}' if message else ''}", flush=True)
         with (Path(self.folder) / "jobs.jsonl").open("a") as file:
             file.write(json.dumps(asdict(status)) + "\n")
