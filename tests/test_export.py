@@ -39,7 +39,8 @@ def export_to(ckpt, to, out=None, trust=()):
 def finished(folder, method, config):
     """A run folder as training leaves it."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps({"method": config, "seed": 0}))
+    data = {"eval_views": {"_target_": "ssl_lab.data.views.Resize", "size": 32, "stats": "clip"}}
+    (folder / "config.yaml").write_text(json.dumps({"method": config, "data": data, "seed": 0}))
     checkpoint.write({"state_dict": method.state_dict(), "global_step": 7}, folder / "checkpoints" / "step=7.ckpt")
     return folder
 
@@ -71,8 +72,9 @@ def test_a_run_goes_to_timm(mae_run, capsys):
     assert gap(theirs.forward_features(x), tokens(method.encoder, x)) < 1e-5
     shown = capsys.readouterr().out
     assert f"timm {timm.__version__}" in shown and f'timm.create_model("local-dir:{out}", pretrained=True)' in shown
-    arguments = json.loads((out / "config.json").read_text())["model_args"]
-    assert timm.models.VisionTransformer(**arguments).embed_dim == 32
+    described = json.loads((out / "config.json").read_text())
+    assert timm.models.VisionTransformer(**described["model_args"]).embed_dim == 32
+    assert timm.data.resolve_model_data_config(theirs)["mean"] == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
     again = io.vit(TINY | {"positions": "sincos"})
     io.load(again, f"timm:local-dir:{out}")
     assert gap(tokens(again, x), tokens(method.encoder, x)) < 1e-5
@@ -87,6 +89,8 @@ def test_a_run_goes_to_transformers_with_its_decoder(mae_run, capsys):
     with torch.no_grad():
         assert gap(theirs(x, noise=noise).loss, method.eval().reconstruct(x, noise)[0]) < 1e-5
     assert "ViTMAEForPreTraining.from_pretrained" in capsys.readouterr().out
+    processor = transformers.AutoImageProcessor.from_pretrained(folder / "mine")
+    assert processor.image_mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3) and processor.size["height"] == 32
 
 
 def test_a_run_goes_to_safetensors(mae_run, capsys):
@@ -139,7 +143,21 @@ def test_what_transformers_lacks_is_said(tmp_path, changes):
         export.to_hf(io.vit(TINY | changes), tmp_path)
 
 
-def test_a_timm_encoder_and_its_head(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"pooling": "cls"}])
+def test_a_classifier_keeps_its_head(tmp_path, changes):
+    method = randomise(Supervised(io.vit(TINY), 5, **changes)).float()
+    config = {"_target_": "ssl_lab.methods.supervised.Supervised", "encoder": VIT | {"block": BLOCK}, "num_classes": 5}
+    folder = finished(tmp_path / "run", method, config | changes)
+    export_to(folder, "timm")
+    theirs = timm.create_model(f"local-dir:{folder / 'export' / 'timm'}", pretrained=True).eval()
+    x = images().float()
+    assert gap(theirs(x), method.classify({"image": x})) < 1e-5
+    again = io.vit(TINY)
+    io.load(again, f"timm:local-dir:{folder / 'export' / 'timm'}")
+    assert gap(tokens(again, x), tokens(method.encoder, x)) < 1e-5
+
+
+def test_a_timm_encoder(tmp_path):
     method = Supervised(Timm("resnet10t"), 5)
     encoder = {"_target_": "ssl_lab.backbones.timm.Timm", "name": "resnet10t", "pretrained": True}
     config = {"_target_": "ssl_lab.methods.supervised.Supervised", "encoder": encoder, "num_classes": 5}

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 
@@ -9,7 +10,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_lab.backbones.timm import Timm
+from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
+from ssl_lab.methods.mae import MAE, Decoder
+from ssl_lab.nn.block import encoder_block
 from ssl_lab.weights import io
 from ssl_lab.weights.rename import Drop, Fuse, rename
 from ssl_lab.weights.tables import timm_vit
@@ -127,6 +131,16 @@ def test_checkpoints_and_run_folders_load(tmp_path):
     io.save(first, tmp_path / "last.safetensors")
     io.load(fresh, str(tmp_path))
     assert gap(features(fresh), features(first)) == 0
+
+
+def test_weights_is_an_argument_that_a_method_respects(tmp_path):
+    model = backbone()
+    io.save(model, tmp_path / "a.safetensors")
+    block = functools.partial(encoder_block, mlp_ratio=2.0)
+    path = str(tmp_path / "a.safetensors")
+    encoder = ViT(32, 2, 4, image_size=32, patch_size=8, block=block, weights=path)
+    method = MAE(encoder, decoder=functools.partial(Decoder, dim=16, depth=1, num_heads=2))
+    assert torch.equal(features(method.encoder), features(model))
 
 
 def test_a_timm_file_and_a_timm_folder_load(tmp_path):

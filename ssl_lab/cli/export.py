@@ -11,12 +11,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE
+from ssl_lab.methods.supervised import Supervised
 from ssl_lab.train import checkpoint
 from ssl_lab.weights import export, io
-from ssl_lab.weights.export import Exported
+from ssl_lab.weights.export import Exported, Stats
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_mae, hf_vit
 
@@ -27,36 +30,39 @@ def run(cfg: DictConfig) -> None:
     Raises:
         UserError: nothing to read, an unknown `to`, an architecture that the library lacks, or features that differ.
     """
-    writers: dict[str, Callable[[nn.Module, Path], Exported]] = {"timm": _timm, "hf": _hf, "safetensors": _safetensors}
+    writers: dict[str, Callable[[nn.Module, Path, Stats | None], Exported]]
+    writers = {"timm": _timm, "hf": _hf, "safetensors": _safetensors}
     if cfg.to not in writers:
         raise UserError(f"to={cfg.to}: choose one of {', '.join(writers)}")
     path = Path(str(cfg.ckpt))
     out = Path(cfg.out) if cfg.out else (run_folder(path) or path.parent) / "export" / cfg.to
     if out.is_file() or out.suffix == ".safetensors":
         raise UserError(f"out={out} must be a folder; the files inside have the names that the library expects")
-    method = _read(path, list(cfg.trust))
+    method, stats = _read(path, list(cfg.trust))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        done = writers[cfg.to](method, Path(scratch))
+        done = writers[cfg.to](method, Path(scratch), stats)
         out.mkdir(exist_ok=True)
         names = sorted(os.listdir(scratch))
         for name in names:
             os.replace(Path(scratch) / name, out / name)
     print(f"{out}: {', '.join(names)}")
     print(
-        f"opened again with {done.library}: largest difference {done.difference:.1e} in features up to {done.scale:.1f}"
+        f"opened again with {done.library}: largest difference {done.difference:.1e} in values up to {done.scale:.1f}"
     )
     print(f"open it with {done.opened_by.format(out)}")
+    if stats is None and cfg.to != "safetensors":
+        print("how its images were normalised is not known here: normalise them as in training")
 
 
-def _read(path: Path, trust: list[str]) -> nn.Module:
-    """The method of a run folder or checkpoint, or the backbone of a safetensors file.
+def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
+    """The method of a run folder or checkpoint, or the backbone of a safetensors file; how its images were normalised.
 
     Raises:
         UserError: nothing there, or a checkpoint that lies in no run folder.
     """
     if path.suffix == ".safetensors":
-        return io.build(path)
+        return io.build(path), None
     if not path.exists():
         raise UserError(
             f"ckpt={path}: no such file or folder; give a run folder, a .ckpt in one, or a .safetensors file"
@@ -66,14 +72,16 @@ def _read(path: Path, trust: list[str]) -> nn.Module:
         raise UserError(f"ckpt={path}: no config.yaml beside it, so its architecture is unknown; give a run folder")
     found = path if path.is_file() else checkpoint.find(path)
     if found is None:
-        return io.build(path)
-    method: nn.Module = instantiate(_without_downloads(load_config(folder, trust)["method"]), _convert_="all")
+        return io.build(path), None
+    config = load_config(folder, trust)
+    method: nn.Module = instantiate(_without_downloads(config["method"]), _convert_="all")
     try:
         method.load_state_dict(checkpoint.read(found)["state_dict"])
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
-    return method
+    views = (config.get("data") or {}).get("eval_views") or {}
+    return method, STATS.get(views.get("stats", ""))
 
 
 def _without_downloads(config: Any) -> Any:
@@ -92,15 +100,22 @@ def _backbone(method: nn.Module) -> nn.Module:
     return backbone
 
 
-def _timm(method: nn.Module, folder: Path) -> Exported:
-    return export.to_timm(_backbone(method), folder)
+def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+    backbone, head = _backbone(method), None
+    if isinstance(method, Supervised) and isinstance(backbone, ViT):
+        pooling = method.pooling or ("cls" if backbone.num_prefix else "mean")
+        if pooling == "mean" or (pooling == "cls" and backbone.cls_token is not None):
+            head = (method.head, pooling)
+    return export.to_timm(backbone, folder, stats=stats, head=head)
 
 
-def _hf(method: nn.Module, folder: Path) -> Exported:
-    return _mae_to_hf(method, folder) if isinstance(method, MAE) else export.to_hf(_backbone(method), folder)
+def _hf(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+    if isinstance(method, MAE):
+        return _mae_to_hf(method, folder, stats)
+    return export.to_hf(_backbone(method), folder, stats=stats)
 
 
-def _safetensors(method: nn.Module, folder: Path) -> Exported:
+def _safetensors(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
     backbone = _backbone(method)
     io.save(backbone, folder / "model.safetensors")
     again = io.build(folder / "model.safetensors")
@@ -110,7 +125,7 @@ def _safetensors(method: nn.Module, folder: Path) -> Exported:
     return Exported("ssl_lab", 0.0, 1.0, 'ssl_lab.weights.io.build("{}/model.safetensors")')
 
 
-def _mae_to_hf(mae: MAE, folder: Path) -> Exported:
+def _mae_to_hf(mae: MAE, folder: Path, stats: Stats | None) -> Exported:
     """ViTMAEForPreTraining with its decoder; compared in what it predicts and in its loss for one given mask."""
     transformers = export.import_transformers()
     facts = io.architecture(mae.encoder).get("arguments")
@@ -126,7 +141,7 @@ def _mae_to_hf(mae: MAE, folder: Path) -> Exported:
         norm_pix_loss=mae.norm_pix,
         mask_ratio=mae.mask_ratio,
     )
-    export.write_hf(transformers.ViTMAEForPreTraining(config), mae.state_dict(), hf_mae.TABLE, folder)
+    export.write_hf(transformers.ViTMAEForPreTraining(config), mae.state_dict(), hf_mae.TABLE, folder, stats)
     with quiet():
         theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +152,7 @@ def _mae_to_hf(mae: MAE, folder: Path) -> Exported:
         loss, predicted, _, drop = mae.reconstruct(image, noise)
         other = theirs(image, noise=noise)
     logits = other.logits.gather(1, drop.unsqueeze(-1).expand_as(predicted))
-    found, scale = export.difference(predicted, logits)
-    export.difference(loss, other.loss)
+    found, scale = export.gap(predicted, logits)
+    export.gap(loss, other.loss)
     opener = 'transformers.ViTMAEForPreTraining.from_pretrained("{}")'
     return Exported(f"transformers {transformers.__version__}", found, scale, opener)

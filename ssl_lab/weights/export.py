@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ssl_lab.backbones.timm import Timm, built_for_one_size
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
+from ssl_lab.types import Pooling
 from ssl_lab.weights import io
 from ssl_lab.weights.rename import State, Table, rename
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_dinov2, hf_vit, timm_vit
 
+Stats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation per channel of images in [0, 1]
 TOLERANCE = 1e-4  # of features of unit size, in float32: a wrong GELU or norm shows at 1e-3, rounding at 1e-6
 
 
@@ -32,12 +34,16 @@ class Exported:
     opened_by: str  # the line of Python that opens it; {} stands for the folder
 
 
-def to_timm(backbone: nn.Module, folder: Path) -> Exported:
+def to_timm(
+    backbone: nn.Module, folder: Path, *, stats: Stats | None = None, head: tuple[nn.Linear, Pooling] | None = None
+) -> Exported:
     """Write `config.json` and `model.safetensors` for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     Args:
         backbone: a ViT, or any timm model.
         folder: exists and is empty.
+        stats: how the images were normalised, if known.
+        head: a ViT's classifier, and what it sees.
 
     Raises:
         UserError: an architecture without a counterpart, or features that differ.
@@ -54,12 +60,20 @@ def to_timm(backbone: nn.Module, folder: Path) -> Exported:
         args = timm_vit.arguments(facts)
         state = timm_vit.unfold(rename(backbone.state_dict(), timm_vit.TABLE, back=True))
         name, chans, size = "vit_base_patch16_224", facts["in_chans"], facts["image_size"]
+        if head is not None:
+            args |= {"num_classes": head[0].out_features, "global_pool": {"cls": "token", "mean": "avg"}[head[1]]}
+            state |= {f"head.{key}": value for key, value in head[0].state_dict().items()}
     described = {
         "architecture": name.split(".")[0],
-        "num_classes": 0,
+        "num_classes": args["num_classes"],
         "num_features": backbone.dim,
         "model_args": args,
-        "pretrained_cfg": {"num_classes": 0, "input_size": [chans, size, size], "classifier": None},
+        "pretrained_cfg": {
+            "num_classes": args["num_classes"],
+            "input_size": [chans, size, size],
+            "classifier": "head" if args["num_classes"] else None,
+            **({"mean": list(stats[0]), "std": list(stats[1])} if stats else {}),
+        },
     }
     save_file(
         {key: value.cpu().contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
@@ -67,11 +81,16 @@ def to_timm(backbone: nn.Module, folder: Path) -> Exported:
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     difference, scale = compare(backbone, theirs.forward_features, (chans, size, size))
+    if args["num_classes"] and head is not None:
+        x = torch.randn(2, chans, size, size, generator=torch.Generator().manual_seed(0))
+        ours = nn.Sequential(*copy.deepcopy([backbone, head[0]])).float().cpu().eval()
+        with torch.no_grad():
+            gap(ours[1](ours[0](x).pooled(head[1])), theirs(x))
     opener = 'timm.create_model("local-dir:{}", pretrained=True)'
     return Exported(f"timm {timm.__version__}", difference, scale, opener)
 
 
-def to_hf(backbone: nn.Module, folder: Path) -> Exported:
+def to_hf(backbone: nn.Module, folder: Path, *, stats: Stats | None = None) -> Exported:
     """Write what `save_pretrained` of transformers writes: a ViTModel, IJepaModel or Dinov2Model (also WithRegisters).
 
     Raises:
@@ -83,7 +102,7 @@ def to_hf(backbone: nn.Module, folder: Path) -> Exported:
     config = getattr(transformers, f"{kind}Config")(**_hf_arguments(kind, facts))
     extra = {"add_pooling_layer": False} if kind in ("ViT", "IJepa") else {}
     cls = getattr(transformers, f"{kind}Model")
-    write_hf(cls(config, **extra), backbone.state_dict(), table, folder)
+    write_hf(cls(config, **extra), backbone.state_dict(), table, folder, stats)
     with quiet():
         theirs = cls.from_pretrained(folder, **extra).eval()
     shape = (facts["in_chans"], facts["image_size"], facts["image_size"])
@@ -96,8 +115,10 @@ def to_hf(backbone: nn.Module, folder: Path) -> Exported:
     )
 
 
-def write_hf(theirs: Any, state: State, table: Table, folder: Path) -> None:
-    """Fill a transformers model and save it; only a mask token may stay as it was.
+def write_hf(theirs: Any, state: State, table: Table, folder: Path, stats: Stats | None) -> None:
+    """Fill a transformers model and save it, with its image processor where `stats` are known.
+
+    Only a mask token may stay as it was.
 
     Raises:
         UserError: a tensor is missing or has no place.
@@ -110,6 +131,12 @@ def write_hf(theirs: Any, state: State, table: Table, folder: Path) -> None:
         )
     with quiet():
         theirs.save_pretrained(folder)
+        if stats is not None:
+            side = theirs.config.image_size
+            processor = import_transformers().ViTImageProcessor(
+                size={"height": side, "width": side}, image_mean=list(stats[0]), image_std=list(stats[1])
+            )
+            processor.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -126,10 +153,10 @@ def compare(
     ours, others = torch.cat([encoded.prefix, encoded.tokens], 1), theirs(x)
     if others.dim() == 4:
         others = others.flatten(1, 2) if others.shape[-1] == ours.shape[-1] else others.flatten(2).transpose(1, 2)
-    return difference(ours, others)
+    return gap(ours, others)
 
 
-def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+def gap(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Largest absolute difference and largest value of ours.
 
     Raises:
