@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class ViT(Transformer):
         block: Callable[..., Block] = encoder_block,
         weights: str | None = None,
     ) -> None:
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         super().__init__(
             lambda layer: block(dim, num_heads, layer=layer, drop_path=rates[layer], norm=layer_norm),
             depth,
@@ -95,9 +96,8 @@ class ViT(Transformer):
         """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded."""
         patches, grid = self.patch_embed.patches(x)
         prefix_positions, positions = self._positions(grid)
-        positions = positions.expand(len(x), -1, -1)
         if keep is not None:
-            patches, positions = take(patches, keep), take(positions, keep)
+            patches, positions = take(patches, keep), F.embedding(keep, positions[0])
         tokens = self.patch_embed(patches) + positions
         prefix = [t.expand(len(x), -1, -1) for t in self._prefix(prefix_positions)]
         out, hidden = self.encode(torch.cat([*prefix, tokens], 1), Context(mask=mask), layers)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.backbones.vit import ViT, layer_norm
-from ssl_lab.losses.reconstruct import masked_mse, patch_statistics, pixel_targets
+from ssl_lab.losses.reconstruct import masked_mse, patch_statistics, standardize
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
-from ssl_lab.nn.embed import sincos_2d, unpatchify
+from ssl_lab.nn.embed import patchify, sincos_2d, unpatchify
 from ssl_lab.nn.masking import put_back, random_mask, take
 from ssl_lab.types import Batch, Pooling, Step
 
@@ -54,7 +54,7 @@ class Decoder(Transformer):
         tokens = put_back(self.embed(visible), keep, self.mask_token[0, 0], positions.shape[1] - 1)
         x = torch.cat([self.embed(prefix), tokens], 1) + positions
         x, _ = self.encode(x, Context())
-        return self.head(self.norm(take(x[:, 1:], drop)))
+        return self.head(self.norm(take(x, drop + 1)))  # the class token stands first
 
 
 def init_weights(network: ViT | Decoder) -> None:
@@ -112,7 +112,9 @@ class MAE(Method):
         keep, drop = random_mask(noise, self.mask_ratio)
         encoded = self.encoder(image, keep=keep)
         predicted = self.decoder(encoded.prefix, encoded.tokens, keep, drop)
-        target = take(pixel_targets(image, self.patch_size, normalize=self.norm_pix), drop)
+        target = take(patchify(image, self.patch_size, channels_last=True), drop)
+        if self.norm_pix:
+            target = standardize(target)
         return masked_mse(predicted, target), predicted, keep, drop
 
     def embed(self, batch: Batch) -> Tensor:
@@ -126,7 +128,7 @@ class MAE(Method):
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(len(image), self.encoder.grid[0] * self.encoder.grid[1], generator=generator)
         _, predicted, keep, drop = self.reconstruct(image, noise.to(image.device))
-        pixels = pixel_targets(image, p, normalize=False)
+        pixels = patchify(image, p, channels_last=True)
         mean, std = patch_statistics(pixels)
         if self.norm_pix:  # the network says nothing of a patch's own mean and contrast: borrow the true ones
             predicted = predicted.float() * take(std, drop) + take(mean, drop)

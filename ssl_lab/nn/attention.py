@@ -78,9 +78,9 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, ctx: "Context") -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, L, Dh), keys and values (B, Hkv, S, Dh)."""
         if not self.cross:
-            heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-            return q, k, v
+            heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if ctx.memory is None:
             raise ValueError("cross-attention needs Context.memory")
         q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -13,10 +13,15 @@ def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """(B, N, D), (B, K) int64 -> (B, K, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return x.flatten(0, 1).index_select(0, _rows(index, x.shape[1])).unflatten(0, index.shape)
 
 
 def put_back(kept: Tensor, keep: Tensor, fill: Tensor, N: int) -> Tensor:
     """Inverse of `take`: kept (B, K, D) at keep (B, K), every other of the N places holds `fill` (D)."""
-    holes = fill.to(kept.dtype).expand(len(kept), N, -1)
-    return holes.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept)
+    holes = fill.to(kept.dtype).expand(len(kept) * N, -1)
+    return holes.index_copy(0, _rows(keep, N), kept.flatten(0, 1)).unflatten(0, (len(kept), N))
+
+
+def _rows(index: Tensor, N: int) -> Tensor:
+    """(B, K) places among N -> (B * K) rows of the batch laid out flat: whole rows move at once, unlike with gather."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * N).flatten()

@@ -11,12 +11,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout
 
     A query that may attend to nothing gives 0.
     """
-    return torch.matmul(attention_map(q, k, mask, scale, dropout_p), _per_query(v, q.shape[1]))
+    return torch.matmul(attention_map(q, k, mask, scale, dropout_p), _per_query(v, q.shape[1]).contiguous())
 
 
 def attention_map(q: Tensor, k: Tensor, mask: AttnMask, scale: float, dropout_p: float = 0.0) -> Tensor:
     """Attention weights (B, H, L, S); torch's softmax computes half precision in float32 and rounds once."""
-    scores = torch.matmul(q * scale, _per_query(k, q.shape[1]).transpose(-2, -1))
+    q, k = q.contiguous(), _per_query(k, q.shape[1]).contiguous()  # else matmul copies them transposed, which is slow
+    scores = torch.matmul(q * scale, k.transpose(-2, -1))
     allowed = mask.dense(q.shape[2], k.shape[2], q.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))

@@ -1,0 +1,45 @@
+"""What was measured on: a figure without it says nothing."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "lightning", "timm", "transformers", "lightly")
+
+
+def facts(device: torch.device) -> dict[str, str | int]:
+    """Processor or accelerator, threads, versions."""
+    found: dict[str, str | int] = {"device": device_name(device), "threads": torch.get_num_threads()}
+    found["python"] = platform.python_version()
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the accelerator, or of the processor with its widest vector unit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at the most so far: the allocator's on CUDA, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

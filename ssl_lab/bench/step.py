@@ -1,0 +1,98 @@
+"""One optimizer step as a call without arguments: the thing that is timed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.evals.base import moved
+from ssl_lab.methods.base import Method
+from ssl_lab.types import Batch
+
+_DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of the weights, of autocast
+    "32-true": (torch.float32, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-true": (torch.bfloat16, None),
+}
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def dtypes(precision: str | int) -> tuple[torch.dtype, torch.dtype | None]:
+    """Of the weights and of autocast (None = off) for a value of `trainer.precision`."""
+    name = _SHORT.get(str(precision), str(precision))
+    if name not in _DTYPES:
+        raise UserError(f"trainer.precision={precision} cannot be timed; there are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def compute_dtype(precision: str | int) -> torch.dtype:
+    """The dtype of the matrix products."""
+    weights, autocast = dtypes(precision)
+    return autocast or weights
+
+
+class TrainStep:
+    """Forward under autocast, backward, optimizer, gradients dropped; gives the detached loss.
+
+    Args:
+        model: moved to the weights' dtype in place.
+        loss: makes the scalar loss.
+        optimizer: makes the optimizer of the model once it has its dtype.
+        device: of the model and its batch.
+        precision: as `trainer.precision`.
+        after: called at the end of a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[], Tensor],
+        optimizer: Callable[[], torch.optim.Optimizer],
+        *,
+        device: torch.device,
+        precision: str | int,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        weights, self.autocast = dtypes(precision)
+        self.model, self.loss, self.after, self.device = model.to(device, weights).train(), loss, after, device
+        self.optimizer = optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
+        self.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def __call__(self) -> Tensor:
+        loss = self.forward_backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.after is not None:
+            self.after()
+        return loss
+
+    def forward_backward(self) -> Tensor:
+        """The part of a step that has matrix products."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self.loss()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def method_step(method: Method, batch: Batch, *, device: torch.device, precision: str | int) -> TrainStep:
+    """A step of `method` on a batch in memory, half way through training: its loss, its optimizer, its `after_step`.
+
+    The images take the dtype of the weights, as Lightning's precision does it.
+    """
+    held = moved(batch, device, dtypes(precision)[0])
+    step: TrainStep
+
+    def after() -> None:
+        method.optim.update(step.optimizer, 0.5)
+        method.after_step(0.5)
+
+    def loss() -> Tensor:
+        return method.step(held, 0.5).loss
+
+    step = TrainStep(method, loss, method.configure_optimizers, device=device, precision=precision, after=after)
+    after()
+    return step
