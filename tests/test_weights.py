@@ -280,7 +280,11 @@ def test_timm_models_that_our_vit_cannot_be(monkeypatch, name, kwargs, message):
 
 
 def test_hub_without_a_network(monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"no config\.json found"):
+    transformers = pytest.importorskip("transformers")
+
+    def offline(name):
+        raise OSError("cannot connect\nmore")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(UserError, match=r"no config\.json found \(cannot connect\); give a folder"):
         io.load(backbone(), "hf:nobody/nothing-of-the-kind")

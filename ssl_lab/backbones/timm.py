@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_lab.errors import UserError
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.types import Encoded
-from ssl_lab.weights.sources import check_timm_name
+from ssl_lab.weights.sources import check_timm_name, first_line
 
 
 class Timm(nn.Module):
@@ -41,7 +41,7 @@ class Timm(nn.Module):
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
         except Exception as error:
             what = "its weights (is there a network?)" if pretrained else "it"
-            raise UserError(f"timm cannot give {what} for {name!r}: {str(error).splitlines()[0][:160]}") from error
+            raise UserError(f"timm cannot give {what} for {name!r}: {first_line(error)}") from error
         self.model = model
         self.dim: int = model.num_features
         self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)

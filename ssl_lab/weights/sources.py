@@ -62,8 +62,8 @@ def _from_timm(name: str) -> Source:
         model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:
         raise UserError(
-            f"timm:{name}: no weights ({_line(error)}); without a network, fetch its safetensors file elsewhere and "
-            "give its path"
+            f"timm:{name}: no weights ({first_line(error)}); without a network, fetch its safetensors file "
+            "elsewhere and give its path"
         ) from error
     if not isinstance(model, VisionTransformer):
         raise UserError(
@@ -104,7 +104,7 @@ def _from_hf(name: str) -> Source:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:
         raise UserError(
-            f"hf:{name}: no config.json found ({_line(error)}); give a folder written by save_pretrained, or a "
+            f"hf:{name}: no config.json found ({first_line(error)}); give a folder written by save_pretrained, or a "
             "repository name and a network"
         ) from error
     if config.model_type not in HF_TABLES:
@@ -118,7 +118,7 @@ def _from_hf(name: str) -> Source:
                 name, dtype=torch.float32, output_loading_info=True, **extra
             )
     except Exception as error:
-        raise UserError(f"hf:{name}: the weights cannot be read ({_line(error)})") from error
+        raise UserError(f"hf:{name}: the weights cannot be read ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"hf:{name}: the weights lack {missing[0]!r} ({len(missing)} missing); is the file complete?")
     (height, width), (rows, columns) = _pair(config.image_size), _pair(config.patch_size)
@@ -186,7 +186,9 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118  (no Mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no complete safetensors file ({_line(error)}); export or copy it again") from error
+        raise UserError(
+            f"{path} is no complete safetensors file ({first_line(error)}); export or copy it again"
+        ) from error
 
 
 def _read_checkpoint(path: Path) -> State:
@@ -194,7 +196,7 @@ def _read_checkpoint(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as weights ({_line(error)}); is it complete, and a file of weights alone?"
+            f"{path} cannot be read as weights ({first_line(error)}); is it complete, and a file of weights alone?"
         ) from error
     state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -233,7 +235,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """First line of a foreign error, shortened."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160]
