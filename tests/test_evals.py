@@ -2,11 +2,12 @@
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
@@ -105,7 +106,7 @@ def test_top5_counts_the_five_best():
 
 def test_linear_is_right_on_separable_features_and_at_chance_on_permuted_labels():
     values = run(Linear(), FakeData(*clusters(per_class=128)))
-    assert values["top1"] == 100 and values["lr"] in Linear().rates
+    assert values["top1"] == 100 and values["chosen/lr"] in Linear().rates
     assert 17 < run(Linear(), FakeData(*shuffled_labels(clusters(per_class=256, noise=3))))["top1"] < 33
 
 
@@ -126,10 +127,10 @@ def test_the_rate_is_chosen_by_held_out_training_rows():
     train, test = clusters(per_class=64, noise=1.5)
     wrong = (test[0], test[1].roll(1))
     right, misled = (run(Linear(rates=(1e-4, 1e-2, 1.0)), FakeData(train, t)) for t in (test, wrong))
-    assert right["lr"] == misled["lr"]
+    assert right["chosen/lr"] == misled["chosen/lr"]
     held = {rate: right[f"lr_{rate:g}/held_out_top1"] for rate in (1e-4, 1e-2, 1.0)}
-    assert held[right["lr"]] == max(held.values())
-    assert right["top1"] == right[f"lr_{right['lr']:g}/top1"]
+    assert held[right["chosen/lr"]] == max(held.values())
+    assert right["top1"] == right[f"lr_{right['chosen/lr']:g}/top1"]
 
 
 def test_standardizing_makes_the_probe_blind_to_scale_and_shift():
@@ -286,16 +287,35 @@ def test_weights_of_lower_precision_get_input_of_theirs():
     assert Round(Net(), FakeData(*clusters())).features("test").x.dtype == torch.float32
 
 
-def _gather_worker(rank, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    rows = torch.arange(3) if rank == 0 else torch.arange(10, 12)
-    out = gather_rows(rows[:, None].float(), torch.device("cpu"))
-    assert out.flatten().tolist() == [0, 1, 2, 10, 11]
-    torch.distributed.destroy_process_group()
+class Ranks:
+    """Two ranks as two threads that exchange tensors."""
+
+    def __init__(self):
+        self.barrier, self.held, self.me = threading.Barrier(2, timeout=20), [None, None], threading.local()
+
+    def gather(self, x, *, grad=True):
+        self.held[self.me.rank] = x
+        self.barrier.wait()
+        out = torch.cat(self.held)
+        self.barrier.wait()
+        return out
+
+    def run(self, work):
+        def body(rank):
+            self.me.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(body, range(2)))
 
 
-def test_ranks_with_different_numbers_of_rows_are_joined(tmp_path):
-    torch.multiprocessing.spawn(_gather_worker, (tmp_path / "rendezvous",), nprocs=2)
+def test_ranks_with_different_numbers_of_rows_are_joined(monkeypatch):
+    ranks = Ranks()
+    monkeypatch.setattr("ssl_lab.dist.world_size", lambda: 2)
+    monkeypatch.setattr("ssl_lab.dist.gather", ranks.gather)
+    rows = [torch.arange(3.0)[:, None], torch.arange(10, 12.0)[:, None]]
+    for out in ranks.run(lambda rank: gather_rows(rows[rank], torch.device("cpu"))):
+        assert out.flatten().tolist() == [0, 1, 2, 10, 11]
 
 
 # ---- fine-tuning
@@ -329,7 +349,7 @@ def test_finetune_learns_on_a_copy_and_repeats_its_digits():
     before = copy.deepcopy(method.state_dict())
     evaluator = Finetune(Optim(lr=1e-2, layer_decay=0.75), steps=40)
     first = run(evaluator, data, method)
-    assert first["top1"] > 90 and first["train_loss"] < 1.0
+    assert first["top1"] > 90 and first["train/loss"] < 1.0
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     assert all(p.grad is None for p in method.parameters())
     torch.manual_seed(5)
@@ -340,7 +360,7 @@ def test_finetune_starts_from_the_weights_it_is_given():
     """Rates of 0: the head stays at 0 and every class is as likely."""
     evaluator = Finetune(Optim(lr=0.0, schedule="constant"), steps=2, label_smoothing=0.0)
     values = run(evaluator, FakeData(*clusters()), Method())
-    assert values["train_loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
+    assert values["train/loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
 
 
 def test_finetune_without_labels_or_encoder():
@@ -350,7 +370,7 @@ def test_finetune_without_labels_or_encoder():
         Finetune(optim).run(Round(Method(), FakeData((x, y), test, num_classes=0)))
     with pytest.raises(Skip, match="no labels"):
         Finetune(optim).run(Round(Method(), FakeData((x, y * 0 - 1), test)))
-    with pytest.raises(UserError, match=r"needs method.encoder, and Pixels has none"):
+    with pytest.raises(Skip, match="Pixels has no encoder"):
         Finetune(optim).run(Round(Pixels(), FakeData((x, y), test)))
 
 
@@ -400,7 +420,7 @@ def test_the_table_has_a_line_per_subject_and_leaves_out_details():
             row(49.0, protocol={"k": 200}),
         ]
     )
-    assert [c.header for c in out.columns] == ["features", "step", "knn top1", "linear top1"]
+    assert [c.header for c in out.columns] == ["features", "step", "knn\ntop1", "linear\ntop1"]
     assert [list(c.cells) for c in out.columns] == [
         ["random encoder", "trained", "trained"],
         ["0", "10", "10"],

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
 from training import TINY
 
@@ -36,16 +35,16 @@ def values(folder):
 
 def test_a_run_gives_offline_what_it_gave_in_training(run, capsys):
     before = read(run / "metrics.json")
-    state = torch.get_rng_state()
     assert main(["evaluate", f"ckpt={run}", *KNN]) == 0
     after = read(run / "metrics.json")
     assert [r.key for r in after] == [r.key for r in before] and [r.value for r in after] == [r.value for r in before]
-    assert after[0].time >= before[0].time and len(state)
+    assert after[0].time >= before[0].time
     assert "trained" in capsys.readouterr().out
     assert (run / "pictures/features.png").stat().st_size > 1000
 
 
-def test_baselines_and_all_evaluators_stand_beside_it(run, capsys):
+def test_baselines_and_all_evaluators_stand_beside_it(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     words = ["eval=[knn,linear,collapse,finetune]", "eval.finetune.steps=2", "baselines=true", "+data.batch_size=4"]
     assert main(["evaluate", f"ckpt={run / 'checkpoints/last.ckpt'}", *words]) == 0
     found = values(run)
@@ -53,7 +52,7 @@ def test_baselines_and_all_evaluators_stand_beside_it(run, capsys):
         assert {(subject, step, e, "top1") for e in ("knn", "linear", "finetune")} <= found.keys()
     assert ("raw pixels", 0, "collapse", "rankme") in found
     text = capsys.readouterr().out
-    assert "raw pixels" in text and "linear top1" in text and "lr_0.001" not in text
+    assert "raw pixels" in text and "rankme" in text and "lr_0.001" not in text
 
 
 def test_weights_without_a_run(run, tmp_path):

@@ -181,7 +181,7 @@ def gather_rows(x: Tensor, device: torch.device) -> Tensor:
     counts = dist.gather(torch.tensor([len(x)], device=device), grad=False).tolist()
     padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=device)
     padded[: len(x)] = x.to(device)
-    parts = dist.gather(padded, grad=False).cpu().split(max(counts))
+    parts = torch.split(dist.gather(padded, grad=False).cpu(), max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -49,7 +49,7 @@ def knn_votes(bank: Tensor, y: Tensor, queries: Tensor, classes: int, k: int, te
     bank, queries = F.normalize(bank, dim=1).T.contiguous(), F.normalize(queries, dim=1)
     k = min(k, len(y))
     votes = []
-    for part in queries.split(max(1, _CELLS // len(y))):
+    for part in torch.split(queries, max(1, _CELLS // len(y))):
         similarity, row = (part @ bank).topk(k)
         weight = ((similarity - 1) / temperature).exp()  # -1 scales all votes alike and keeps exp() in range
         votes.append(torch.zeros(len(part), classes, device=part.device).scatter_add_(1, y[row], weight))

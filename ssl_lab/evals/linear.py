@@ -61,14 +61,14 @@ class Linear:
         }
 
     def run(self, round: Round) -> dict[str, float]:
-        """Percent of test rows: top1, top5; as details the chosen rate, and what each gave on test and held-out rows."""
+        """Percent of test rows: top1, top5; as details the rate, and what each gave on test and held-out rows."""
         train, test = round.labelled("train", self.limit), round.labelled("test", self.limit)
         if len(train.y) < 2:
             raise Skip("a linear probe needs at least 2 labelled training rows")
         classes = num_classes(train, test)
         x, x_test = standardized(train.x, test.x) if self.standardize else (train.x, test.x)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed)).to(x.device)
-        held, rest = order.split([n := max(1, int(len(x) * self.held_out)), len(x) - n])
+        held, rest = torch.split(order, [n := max(1, int(len(x) * self.held_out)), len(x) - n])
 
         chooser = self._fit(x[rest], train.y[rest], classes)
         chosen = [accuracy(scores, train.y[held])["top1"] for scores in chooser(x[held])]
@@ -115,14 +115,14 @@ def fit(
     generator, factor = torch.Generator().manual_seed(seed), Cosine(1.0, 0.0)
     total, step = passes * -(-N // batch_size), 0
     for _ in range(passes):
-        for rows in torch.randperm(N, generator=generator).to(x.device).split(batch_size):
+        for rows in torch.split(torch.randperm(N, generator=generator).to(x.device), batch_size):
             for group, rate in zip(optimizer.param_groups, [*rates, *rates], strict=True):
                 group["lr"] = rate * factor(step / total)
             with torch.enable_grad():
                 logits = torch.addmm(torch.cat(biases), x[rows], torch.cat(weights, 1)).view(-1, R, classes)
                 target = y[rows, None].expand(-1, R)
                 loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="sum") / len(rows)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             step += 1
