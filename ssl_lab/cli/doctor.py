@@ -28,10 +28,11 @@ def run(cfg: DictConfig) -> None:
         "Disk": machine.disk(Path(str(cfg.out))),
     }
     for title, findings in sections.items():
-        console.print(_section(title, findings))
-    console.print(*_kernels())
+        console.print(_section(title, findings), Text())
+    for part in _kernels():
+        console.print(part)
     problems = [finding.problem for findings in sections.values() for finding in findings if finding.problem]
-    console.print(Text(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}", style="bold"))
+    console.print(Text(f"\n{len(problems)} problem{'' if len(problems) == 1 else 's'}", style="bold"))
     for problem in problems:
         console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
 

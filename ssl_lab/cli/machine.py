@@ -66,7 +66,7 @@ def devices() -> list[Finding]:
     model, flags = _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = [
-        Finding("processor", f"{model}, {cores} cores, torch uses {torch.get_num_threads()} threads"),
+        Finding("processor", f"{model}, {cores} cores; threads of torch: {torch.get_num_threads()}"),
         Finding("instructions", f"{torch.backends.cpu.get_cpu_capability()} ({' '.join(flags) or 'flags unknown'})"),
         Finding("bf16 on the CPU", _bf16(flags)),
     ]
@@ -130,8 +130,11 @@ def data(path: str | None) -> list[Finding]:
     """The embedded set, the set at `path`, and what the Hugging Face cache holds."""
     found = [Finding("shapes", "built in")]
     if path is not None:
+        import datasets
+
         from ssl_lab.data.tables import open_table
 
+        datasets.disable_progress_bars()
         try:
             table = open_table(path, "train")
             found.append(Finding(path, f"{len(table):,} training images, {len(table.classes)} classes"))
@@ -151,8 +154,9 @@ def tracking() -> list[Finding]:
     version = _version("wandb")
     if version is None:
         return [Finding("wandb", "not installed", "logger=wandb needs it: pip install wandb")]
-    key = "key found" if _has_key() else "no key: runs stay offline, `wandb login` stores one"
-    return [Finding("wandb", f"{version}, mode {os.environ.get('WANDB_MODE', 'online')}, {key}")]
+    key = "key found" if _has_key() else "no key: runs stay on this disk, `wandb login` stores one"
+    mode = f", WANDB_MODE={os.environ['WANDB_MODE']}" if "WANDB_MODE" in os.environ else ""
+    return [Finding("wandb", f"{version}{mode}, {key}")]
 
 
 def _has_key() -> bool:
