@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "ssl_lab"
 FILES = sorted(ROOT.rglob("*.py"))
 RANKS = {
-    **dict.fromkeys(("types", "dist", "schedules", "rng", "errors", "pictures"), 0),
+    **dict.fromkeys(("types", "dist", "schedules", "rng", "errors", "files", "pictures"), 0),
     **dict.fromkeys(("nn", "losses"), 1),
     **dict.fromkeys(("backbones", "weights"), 2),
     "train": 3,
@@ -79,7 +79,9 @@ def test_the_base_class_stays_thin():
     assert len((ROOT / "methods/base.py").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if part(p) == "methods" and p.name != "base.py"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if part(p) == "methods" and p.name != "base.py"], ids=lambda p: p.stem
+)
 def test_methods_stay_closed(path):
     """A method overrides no Lightning hook, logs nothing and never touches the trainer."""
     import lightning as L
@@ -87,7 +89,9 @@ def test_methods_stay_closed(path):
     hooks = {n for n in dir(L.LightningModule) if not n.startswith("_")} - BASE_HOOKS - {"forward"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            assert node.attr not in ("log", "log_dict", "trainer", "global_step", "current_epoch"), f"line {node.lineno}"
+            assert node.attr not in ("log", "log_dict", "trainer", "global_step", "current_epoch"), (
+                f"line {node.lineno}"
+            )
         if isinstance(node, ast.ClassDef) and "Method" in [ast.unparse(b) for b in node.bases]:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef):

@@ -128,6 +128,8 @@ def test_gpu_kernels_equal_eager(kernel, mask):
         pytest.skip(reason)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(B, H, L, 64, generator=generator, device="cuda").bfloat16() for _ in range(3))
-    moved = AttnMask(**{f: t.cuda() if isinstance(t := getattr(mask, f), torch.Tensor) else t for f in mask.__dataclass_fields__})
+    moved = AttnMask(
+        **{f: t.cuda() if isinstance(t := getattr(mask, f), torch.Tensor) else t for f in mask.__dataclass_fields__}
+    )
     out = attend(q, k, v, moved, kernel=kernel)
     torch.testing.assert_close(out, attend(q, k, v, moved, kernel="eager"), atol=2e-2, rtol=2e-2)

@@ -33,13 +33,21 @@ def recipes() -> dict[str, Block]:
             attn=Residual(32, Attention(32, 4, num_kv_heads=2, qkv_bias=False, proj_bias=False), norm=rms),
             mlp=Residual(32, SwiGLU(32, 64), norm=rms),
         ),
-        "post_norm": Block(attn=Residual(32, Attention(32, 4), place="post"), mlp=Residual(32, MLP(32, 64), place="post")),
-        "cross": Block(attn=Residual(32, Attention(32, 4)), cross=Residual(32, Attention(32, 4, cross=True), gate=True)),
+        "post_norm": Block(
+            attn=Residual(32, Attention(32, 4), place="post"), mlp=Residual(32, MLP(32, 64), place="post")
+        ),
+        "cross": Block(
+            attn=Residual(32, Attention(32, 4)), cross=Residual(32, Attention(32, 4, cross=True), gate=True)
+        ),
     }
 
 
 def context() -> Context:
-    return Context(mask=CAUSAL, rope=rope_1d(torch.arange(6), 8), memory=torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)))
+    return Context(
+        mask=CAUSAL,
+        rope=rope_1d(torch.arange(6), 8),
+        memory=torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)),
+    )
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -63,7 +71,9 @@ def test_checkpointing_keeps_every_gradient(name):
 @pytest.mark.parametrize("name", recipes())
 def test_a_block_compiles_without_a_graph_break(name):
     block, x = recipes()[name], torch.randn(2, 6, 32)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x, context()), block(x, context()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.compile(block, fullgraph=True)(x, context()), block(x, context()), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_compiling_in_place_keeps_the_keys():

@@ -80,7 +80,9 @@ def test_a_gradient_reaches_every_trainable_parameter(method):
         method.zero_grad()
         method.step(batch(), 0.5).loss.backward()
     frozen = [n for n, p in method.named_parameters() if not p.requires_grad and p.grad is not None]
-    without = [n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
+    without = [
+        n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())
+    ]
     assert not frozen and not without
 
 

@@ -60,7 +60,9 @@ def test_every_optimizer_learns(name):
         optim.update(optimizer, i / 60)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < {"lars": 0.99}.get(name, 0.7) * losses[0]  # LARS moves a matrix by 0.1 % of its norm per unit of lr
+    assert (
+        losses[-1] < {"lars": 0.99}.get(name, 0.7) * losses[0]
+    )  # LARS moves a matrix by 0.1 % of its norm per unit of lr
 
 
 def test_lars_equals_its_formula():
@@ -92,7 +94,7 @@ def test_draws_belong_to_seed_and_position():
     assert torch.equal(uniform(0, positions[100:103], 4), draws[100:103])
     assert torch.equal(uniform(0, positions, 2), draws[:, :2])
     assert not torch.equal(uniform(1, positions, 4), draws)
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     assert draws.mean(0) == pytest.approx(0.5, abs=0.02) and draws.var(0) == pytest.approx(1 / 12, abs=0.01)
     assert torch.corrcoef(torch.cat([draws, draws.roll(1, 0)], 1).T).fill_diagonal_(0).abs().max() < 0.06
     assert fold(0, 1, 2) != fold(0, 2, 1) and 0 <= fold(-1, 5) < 2**63

@@ -1,6 +1,6 @@
 """Judge stored features by the project's own evaluators, so that every row of the record has one protocol.
 
-    python score.py features.npz       # arrays train (N, D), train_label (N,), test (M, D), test_label (M,)
+python score.py features.npz       # arrays train (N, D), train_label (N,), test (M, D), test_label (M,)
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al., 2020, arXiv:2010.11929), with class and register tokens and masked encoding."""
+"""Vision Transformer (Dosovitskiy et al., 2020, arXiv:2010.11929): class and register tokens, masked encoding."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ class ViT(Transformer):
             load(self, weights)
 
     def init_weights(self) -> None:
-        """timm's default: Linear and positions normal(0.02), biases 0, class token normal(1e-6), torch's own for patches."""
+        """timm's default: Linear and positions normal(0.02), biases 0, class token normal(1e-6), patches as torch."""
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

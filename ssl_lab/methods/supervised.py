@@ -39,7 +39,9 @@ class Supervised(Method):
     ) -> None:
         super().__init__()
         if num_classes < 1:
-            raise UserError("there are no classes to learn: the data set has no labels; use class sub-folders or labels")
+            raise UserError(
+                "there are no classes to learn: the data set has no labels; use class sub-folders or labels"
+            )
         self.encoder = encoder
         self.pooling, self.label_smoothing = pooling, label_smoothing
         self.mixup = mixup(num_classes=num_classes, label_smoothing=label_smoothing) if mixup else None

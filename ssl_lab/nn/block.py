@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         self.norm = norm(dim)
 
     def encode(self, x: Tensor, ctx: Context, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """(B, L, D) -> last output before the norm, and the outputs of the blocks in `layers` (negative = from the end)."""
+        """(B, L, D) -> output before the norm, and the outputs of the blocks in `layers` (negative = from the end)."""
         if torch.is_autocast_enabled(x.device.type) and not self.fp32_residual:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         wanted = {i % len(self.blocks): i for i in layers}

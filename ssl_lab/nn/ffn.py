@@ -10,7 +10,13 @@ class MLP(nn.Module):
     """Linear, activation, Linear: (B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, dim: int, hidden: int, *, act: Callable[[Tensor], Tensor] = F.gelu, bias: bool = True, dropout: float = 0.0
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Callable[[Tensor], Tensor] = F.gelu,
+        bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, bias), act, nn.Linear(hidden, dim, bias)

@@ -75,7 +75,9 @@ class Optim:
             return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
         if self.name == "lars":
             return timm.optim.Lars(groups, lr=lr, momentum=betas[0], weight_decay=0.0)
-        return timm.optim.Muon(groups, lr=lr, momentum=betas[0], betas=betas, eps=self.eps, adjust_lr_fn="match_rms_adamw")
+        return timm.optim.Muon(
+            groups, lr=lr, momentum=betas[0], betas=betas, eps=self.eps, adjust_lr_fn="match_rms_adamw"
+        )
 
     def update(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Set learning rate and weight decay of every group for a step at `progress`."""
