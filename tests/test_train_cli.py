@@ -61,9 +61,9 @@ def test_loggers_got_the_same(finished):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.lr=0.5"], "optim.lr=0.001 there, 0.5 here; give another out="),
-        (["duration=20steps", "seed=3"], "seed=0 there, 3 here"),
-        (["data.batch_size=4"], "data.batch_size=8 there, 4 here"),
+        (["optim.lr=0.5"], "optim.lr: not set there, 0.5 here; give another out="),
+        (["duration=20steps", "seed=3"], "seed: 0 there, 3 here"),
+        (["data.batch_size=4"], "data.batch_size: 8 there, 4 here"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(finished, tmp_path, words, message):

@@ -106,7 +106,8 @@ def _require_same(out: Path, config: Mapping[str, Any]) -> None:
     there, here = _identity(former), _identity(yaml.safe_load(yaml.safe_dump(dict(config))))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
-        told = "; ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in differing[:3])
+        unset = "not set"
+        told = "; ".join(f"{key}: {there.get(key, unset)} there, {here.get(key, unset)} here" for key in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"{out} holds a run with other settings: {told}{more}; give another out=, or remove the folder")
 

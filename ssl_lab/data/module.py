@@ -9,7 +9,7 @@ import torch
 
 from ssl_lab import dist
 from ssl_lab.data.batches import EvalBatches, Loader, TrainBatches, augment
-from ssl_lab.data.source import Source
+from ssl_lab.data.source import First, Source
 from ssl_lab.data.stream import eval_rows
 from ssl_lab.data.views import Views
 from ssl_lab.errors import UserError
@@ -29,6 +29,7 @@ class DataModule(L.LightningDataModule):
         num_workers: processes that make batches ahead; 0 makes them in the main process, best for sets in memory.
         augment_on_device: move stored uint8 pixels and run `views` on the training device.
         seed: ties the order of the rows and the augmentation together with the position.
+        rows: train on the first so many rows only; None = all.
         path: where the sources come from, for the reader of a configuration; the sources have it already.
 
     Nothing is saved in a checkpoint: the position is global_step x accumulate_grad_batches x batch_size x world_size.
@@ -46,12 +47,14 @@ class DataModule(L.LightningDataModule):
         num_workers: int = 0,
         augment_on_device: bool = False,
         seed: int = 0,
+        rows: int | None = None,
         path: str | None = None,
     ):
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size}: it must be at least 1")
-        self.train, self.test = train, test
+        for name, value in (("batch_size", batch_size), ("rows", rows)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}: it must be at least 1")
+        self.train, self.test = train if rows is None else First(train, rows), test
         self.views, self.eval_views = views, eval_views
         self.batch_size, self.image_size = batch_size, image_size
         self.num_workers, self.augment_on_device = num_workers, augment_on_device

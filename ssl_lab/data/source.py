@@ -21,6 +21,20 @@ class Samples:
     rows: Tensor
 
 
+class First:
+    """The first `count` rows of a source, to overfit on or to train with few images."""
+
+    def __init__(self, source: "Source", count: int) -> None:
+        self.source, self.count, self.classes = source, min(count, len(source)), source.classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Sequence[int]) -> Samples:
+        """As the whole source gives them."""
+        return self.source.read(rows)
+
+
 class Source(Protocol):
     """A finite set of images that can be read by row, in any order and from any process."""
 

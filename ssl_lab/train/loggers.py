@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def wandb(save_dir: str | Path, *, project: str = "ssl_lab", name: str | None = 
     note = Path(save_dir) / "wandb_id"
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, package.util.generate_id())
+        write_text(note, secrets.token_hex(4))
     settings = package.Settings(init_timeout=_CONNECT, silent=True)
 
     def connect(mode: str) -> Logger:
@@ -179,5 +180,6 @@ def _show(logger: Logger, images: Mapping[str, Tensor], step: int) -> None:
             logger.log_image(name, [image.permute(1, 2, 0).numpy()], step)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    error = error.__cause__ or error  # Hydra wraps what a constructor raised
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

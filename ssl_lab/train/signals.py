@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -36,13 +37,15 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
 
     def install(self) -> None:
         """Take over the signals; again after Lightning, which sets handlers of its own when training starts."""
-        for number in CODES:
-            signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            for number in CODES:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
