@@ -228,7 +228,10 @@ def wait_for(path, seconds=60):
     raise AssertionError(f"{path} did not appear")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+USR1 = pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), USR1])
 def test_signal_saves_and_leaves(tmp_path, number, code):
     out = tmp_path / "run"
     process = start([*LONG, f"out={out}", "data.num_workers=2"], log=tmp_path / "log")

@@ -1,16 +1,21 @@
 """`ssl-lab train` from the command line to the run folder, and the mistakes that it answers in one line."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from training import TINY, results, rows, run
 
-from ssl_lab.train import checkpoint
+from ssl_lab.cli.main import main
+from ssl_lab.train import checkpoint, progress
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +40,11 @@ def test_run_folder(finished):
 
 
 def test_exported_weights_are_the_averaged_ones(finished):
-    from ssl_lab.weights import io
+    from ssl_lab.weights.io import build
 
     out, _ = finished
     state = checkpoint.read(checkpoint.find(out))
-    for name, value in io.build(out).state_dict().items():
+    for name, value in build(out).state_dict().items():
         assert torch.equal(value, state["state_dict"][f"encoder.{name}"])
     averaged, current = (state[key]["encoder.norm.weight"] for key in ("state_dict", "current_model_state"))
     assert not torch.equal(averaged, current)
@@ -66,11 +71,10 @@ def test_loggers_got_the_same(finished):
         (["data.batch_size=4"], "data.batch_size: 8 there, 4 here"),
     ],
 )
-def test_another_run_in_the_folder_is_refused(finished, tmp_path, words, message):
+def test_another_run_in_the_folder_is_refused(finished, capsys, words, message):
     out, _ = finished
-    words = [*TINY, "ema=0.9", f"out={out}", *words]
-    assert run(words, log=tmp_path / "log") == 2
-    assert message in (tmp_path / "log").read_text().replace("\n", " ")
+    assert main([*TINY, "ema=0.9", f"out={out}", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -85,10 +89,10 @@ def test_another_run_in_the_folder_is_refused(finished, tmp_path, words, message
         (["out=/proc/run"], "/proc/run"),
     ],
 )
-def test_mistakes(tmp_path, words, message):
-    assert run([*TINY, f"out={tmp_path / 'run'}", *words], log=tmp_path / "log") == 2
-    text = (tmp_path / "log").read_text()
-    assert message in text and "Traceback" not in text and text.count("ssl-lab:") == 1
+def test_mistakes(tmp_path, capsys, words, message):
+    assert main([*TINY, f"out={tmp_path / 'run'}", *words]) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_lengths_and_options(tmp_path, words, steps):
     assert rows(out)[-1]["step"] == str(steps)
 
 
-def test_begin_from_another_checkpoint(finished, tmp_path):
+def test_begin_from_another_checkpoint(finished, tmp_path, capsys):
     source, _ = finished
     out = tmp_path / "run"
     words = [*TINY, "ema=0.9", "duration=14steps", f"out={out}", f"ckpt={source}"]
@@ -116,10 +120,28 @@ def test_begin_from_another_checkpoint(finished, tmp_path):
     assert "from step 12" in (tmp_path / "log").read_text()
     assert [row["step"] for row in rows(out)] == ["13", "14"]
     words = [*words[:-2], f"out={tmp_path / 'other'}", words[-1], "method.encoder.dim=48"]
-    assert run(words, log=tmp_path / "log") == 2
-    assert "does not fit" in (tmp_path / "log").read_text()
+    assert main(words) == 2
+    assert "does not fit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bar_shows_steps_speed_and_time_left(terminal, monkeypatch):
+    monkeypatch.setattr(progress, "_REFRESH", 0.0)
+    monkeypatch.setattr(progress, "_LINE", 0.0)
+    screen = io.StringIO()
+    bar = progress.StepBar(Console(file=screen, force_terminal=terminal, width=100))
+    trainer, method = SimpleNamespace(global_step=40, max_steps=100), SimpleNamespace(samples_per_step=64)
+    bar.on_train_start(trainer, method)
+    for trainer.global_step in range(41, 45):
+        time.sleep(0.02)
+        bar.on_train_batch_end(trainer, method, {"loss": torch.tensor(0.25)}, None, 0)
+    bar.on_train_end(trainer, method)
+    text = screen.getvalue()
+    assert "44/100" in text and "images/s" in text and "loss 0.25" in text
+    assert ("min left" in text) == (not terminal)
+
+
+@pytest.mark.slow
 def test_no_connection_to_wandb_is_no_reason_to_fail(tmp_path):
     out = tmp_path / "run"
     words = [*TINY, "duration=2steps", f"out={out}", "logger=wandb", "logger.wandb.mode=online"]

@@ -12,6 +12,7 @@ from ssl_lab.cli.resume import Standing
 from ssl_lab.data.module import DataModule
 from ssl_lab.evals.results import Row, table
 from ssl_lab.methods.base import Method
+from ssl_lab.schedules import Schedule
 
 
 def heading(
@@ -25,7 +26,7 @@ def heading(
         "method": f"{type(method).__name__}, {_parameters(method)}{_kernels(method)}",
         "data": f"{data.num_train:,} images, {len(data.classes)} classes",
         "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
-        "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(cfg.optim.get('weight_decay'))}",
+        "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",
         "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
         "folder": str(cfg.out),
     }
@@ -55,7 +56,5 @@ def _kernels(method: Method) -> str:
     return f", attention {tell()}" if callable(tell) else ""
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, DictConfig):
-        return str(value.get("_target_", "")).rpartition(".")[2]
-    return "default" if value is None else f"{value:g}"
+def _short(value: float | Schedule) -> str:
+    return type(value).__name__ if callable(value) else f"{value:g}"

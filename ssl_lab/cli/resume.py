@@ -42,7 +42,7 @@ def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start:
         path = checkpoint.find(start)
         if path is None:
             raise UserError(f"ckpt={start}: there is no checkpoint; give a .ckpt file or a run folder")
-        step = int(checkpoint.read(path).get("global_step", 0))
+        step = int(checkpoint.read(path, lazy=True).get("global_step", 0))
     if not step or path is None:
         return Standing(None, 0)
     before = checkpoint.facts(path).get("samples_per_step")
@@ -61,7 +61,7 @@ def require_fit(path: Path, method: nn.Module) -> None:
         UserError: names and shapes of the weights differ.
     """
     here = {name: tuple(value.shape) for name, value in method.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in checkpoint.read(path)["state_dict"].items()}
+    there = {name: tuple(value.shape) for name, value in checkpoint.read(path, lazy=True)["state_dict"].items()}
     if wrong := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
         raise UserError(
             f"{path} does not fit this {type(method).__name__}: {len(wrong)} tensors differ, first {wrong[0]}; "

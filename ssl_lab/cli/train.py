@@ -55,8 +55,12 @@ def run(cfg: DictConfig) -> None:
     first = rank_zero_only.rank == 0
     with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
         training = Training(cfg, signals, first=first)
-        training.fit()
-        training.finish()
+        try:
+            training.fit()
+            training.finish()
+        except Interrupted as left:
+            training.say(f"{left.received.name}: saved {checkpoint.find(cfg.out)}; the same command goes on from there")
+            raise
 
 
 class Training:
@@ -92,7 +96,7 @@ class Training:
 
     def fit(self) -> None:
         """Train from where the run stands to its end, or until a signal."""
-        self._say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
+        self.say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
         if self.standing.step >= self.steps:
             self.method.load_state_dict(checkpoint.read(self.standing.path)["state_dict"])
             return
@@ -114,7 +118,7 @@ class Training:
         except BaseException as error:
             self.loggers.close("failed")
             if not isinstance(error, UserError):
-                self._say(
+                self.say(
                     f"stopped; the newest checkpoint is {checkpoint.find(self.out)}, the same command goes on there"
                 )
             raise
@@ -134,7 +138,7 @@ class Training:
         if self.first and isinstance(encoder, nn.Module):
             io.save(encoder, self.out / "last.safetensors")
         self.loggers.close()
-        self._say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
+        self.say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
 
     def _trainer(self) -> L.Trainer:
         cfg, weights = self.cfg, contextlib.nullcontext if self.ema is None else self.ema.applied
@@ -161,7 +165,7 @@ class Training:
             saving,
         ]
         if cfg.trainer.enable_progress_bar:
-            callbacks.append(StepBar())
+            callbacks.append(StepBar(self.console))
         return make_trainer(cfg.trainer, self.out, callbacks)
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
@@ -183,7 +187,7 @@ class Training:
 
     def _rows(self, evaluators: Mapping[str, Evaluator], step: int, subject: str, method: nn.Module) -> list[Row]:
         precision = self.trainer.precision_plugin.forward_context
-        return run_all(evaluators, method, self.data, step=step, subject=subject, precision=precision, say=self._say)
+        return run_all(evaluators, method, self.data, step=step, subject=subject, precision=precision, say=self.say)
 
     def _record(self, rows: list[Row]) -> None:
         if self.first:
@@ -203,18 +207,15 @@ class Training:
                 drawn["features"] = side_by_side({"input": unnormalize(batch["image"], *stats), "features": colours})
         return drawn
 
-    def _say(self, *parts: str | Table) -> None:
+    def say(self, *parts: str | Table) -> None:
         """Show on the first rank; lines are not broken, so that paths can be copied."""
         for part in parts:
             self.console.print(part, soft_wrap=isinstance(part, str))
 
     def _leave(self) -> None:
-        """After a signal: say how to go on and end with its code. Other ranks end with 0: a launcher would kill all."""
+        """End with the code of the signal, which may have come to another rank; a launcher wants 0 of those."""
         self.loggers.close()
-        received = self.signals.received or signal.SIGTERM
-        saved = checkpoint.find(self.out)
-        self._say(f"{received.name}: saved {saved}; the same command goes on from there")
-        raise Interrupted(received) if self.first else SystemExit(0)
+        raise Interrupted(self.signals.received or signal.SIGTERM) if self.first else SystemExit(0)
 
 
 class Handlers(L.Callback):

@@ -150,13 +150,13 @@ class RunEvals(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Draws what a method does with the same few images, every `every` steps and at the end, into `folder`.
+    """Draws what a method does with the same few images, every `every` steps and when asked, into `folder`.
 
     Args:
         folder: where `NAME_step=N.png` go.
         draw: gives pictures (3, H, W) uint8 by name.
         loggers: which show them too.
-        every: steps between two drawings, 0 = at the end only.
+        every: steps between two drawings, 0 = when asked only.
         weights: as in `RunEvals`.
     """
 
@@ -176,7 +176,9 @@ class Pictures(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every and step % self.every == 0 and not (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or step == trainer.max_steps:
+            return
+        if self.every and step % self.every == 0:
             with self._weights(pl_module):
                 self.show(pl_module, step)
 

@@ -105,8 +105,8 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         write_text(_sidecar(path), json.dumps(facts, indent=1) + "\n")
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint, tensors on the CPU; nothing in it is run.
+def read(path: str | Path, *, lazy: bool = False) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU; nothing in it is run. `lazy` leaves tensors in the file.
 
     Raises:
         UserError: no file, a damaged file, one that could run code, or not a checkpoint of a training run.
@@ -115,7 +115,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; give a file such as runs/NAME/SEED/checkpoints/{LAST}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is no checkpoint or holds objects that could run code") from error
     except _UNREADABLE as error:

@@ -29,9 +29,9 @@ class StepBar(ProgressBar):
     Where the output is no terminal, a plain line every half minute says the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__()
-        self._console = Console()
+        self._console = console
         self._enabled = True
         self._bar: Progress | None = None
 
