@@ -236,7 +236,7 @@ def test_signal_saves_and_leaves(tmp_path, number, code):
     out = tmp_path / "run"
     process = start([*LONG, f"out={out}", "data.num_workers=2"], log=tmp_path / "log")
     wait_for(out / "metrics.csv")
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)  # as a cluster does, and a terminal: the workers get it too
     process.join(60)
     assert process.exitcode == code
     step = checkpoint.facts(find(out))["step"]

@@ -51,6 +51,7 @@ def run(words: list[str], fault: tuple[str, int] | None = None, log: Path | None
 
 
 def _main(words: list[str], fault: tuple[str, int] | None, log: str | None) -> None:
+    os.setpgrp()
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)

@@ -1,5 +1,6 @@
 """Batches by number: which samples they hold and how they look follows from the number alone."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -78,6 +79,11 @@ class _Batches(Dataset[Batch | UserError]):
             return error
 
 
+def _outlive_termination(worker: int) -> None:
+    """A cluster tells every process of a job to end; the training process still needs its workers to end in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Loader:
     """Iterates over the batches that `numbers()` lists, made ahead by `num_workers` processes.
 
@@ -95,6 +101,7 @@ class Loader:
             sampler=self.numbers(),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_outlive_termination,
             generator=torch.Generator(),  # else every iteration would advance the global random state
         )
         for batch in loader:
