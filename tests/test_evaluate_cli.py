@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from training import TINY
 
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
+from ssl_lab.cli.usage import verb_of
 from ssl_lab.evals.results import read
 
 ARCHITECTURE = [word for word in TINY if word.startswith(("method", "backbone", "data"))]
@@ -96,6 +100,18 @@ def test_a_configuration_that_would_run_something_else_is_refused(run, tmp_path,
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["evaluate", f"ckpt={run}"]) == 2
     assert "os.system" in capsys.readouterr().err and not (tmp_path / "harm").exists()
+
+
+def documented():
+    text = (Path(__file__).parent.parent / "docs/evaluation.md").read_text()
+    return [line for line in text.splitlines() if line.startswith("ssl-lab ")]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_compose(command):
+    verb, words = verb_of(command.split()[1:], [conf_folder()])
+    cfg = compose(verb or "train", words, [conf_folder()])
+    assert set(cfg.eval) <= {"knn", "linear", "collapse", "finetune"}
 
 
 def test_rows_are_plain_json(trained):
