@@ -38,7 +38,8 @@ def pca_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
 def feature_maps(encoder: nn.Module, image: Tensor) -> Tensor:
     """Images (B, C, H, W), normalised -> PCA colours of their patch features (B, 3, H, W) uint8, patches as blocks.
 
-    The encoder is run in its present mode; the caller sets eval mode and autocast.
+    What a place has on average over the images is taken out first: else the components show where a patch is, not what
+    it is. The encoder is run in its present mode; the caller sets eval mode and autocast.
 
     Raises:
         UserError: the tokens form no grid of the image's shape.
@@ -48,5 +49,6 @@ def feature_maps(encoder: nn.Module, image: Tensor) -> Tensor:
     rows = round(math.sqrt(N * H / W))
     if not rows or N % rows or H % rows or W % (N // rows):
         raise UserError(f"{N} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}: no feature map")
-    colours = pca_map(encoded.tokens, rows, N // rows)
+    tokens = encoded.tokens.float()
+    colours = pca_map(tokens - tokens.mean(0) if len(tokens) > 1 else tokens, rows, N // rows)
     return colours.repeat_interleave(H // rows, 2).repeat_interleave(W // (N // rows), 3)
