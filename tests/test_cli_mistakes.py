@@ -62,35 +62,47 @@ MISTAKES = [
 ]
 
 
+SCRIPT = """
+import contextlib, io, json, sys
+from ssl_lab.cli.main import main
+
+answers = {}
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as message:
+        code = main(line.split())
+    answers[line] = code, message.getvalue()
+heavy = [name for name in ("torch", "lightning", "timm", "datasets") if name in sys.modules]
+print(json.dumps([answers, heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Exit code and message for every line, the heavy packages loaded by then, and the folder they ran in."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    words = [sys.executable, "-c", SCRIPT, json.dumps([line for line, _ in MISTAKES])]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=ENV)
+    assert done.returncode == 0, done.stderr
+    return *json.loads(done.stdout), folder
+
+
 @pytest.mark.parametrize(("line", "named"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_message_names_the_key_and_the_nearest_name(line, named, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(line.split()) == 2
-    message = capsys.readouterr().err
+def test_message_names_the_key_and_the_nearest_name(line, named, asked):
+    code, message = asked[0][line]
+    assert code == 2
     assert message.startswith("ssl-lab: ")
     assert len(message.strip().splitlines()) == 1, message
     assert len(message) < 500, message
     for name in named:
         assert name in message, message
-    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
 
 
-def test_mistakes_are_found_before_torch_is_loaded(tmp_path):
-    code = (
-        "import json, sys\n"
-        "from ssl_lab.cli.main import main\n"
-        "codes = [main(line.split()) for line in json.loads(sys.argv[1])]\n"
-        "heavy = [name for name in ('torch', 'lightning', 'timm', 'datasets') if name in sys.modules]\n"
-        "print(json.dumps([codes, heavy]))\n"
-    )
-    lines = [line for line, _ in MISTAKES]
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, cwd=tmp_path, env=ENV
-    )
-    assert done.returncode == 0, done.stderr
-    codes, heavy = json.loads(done.stdout)
-    assert codes == [2] * len(lines)
-    assert heavy == []
+def test_mistakes_are_found_before_torch_is_loaded(asked):
+    assert asked[1] == []
+
+
+def test_mistakes_leave_nothing_behind(asked):
+    assert not list(asked[2].iterdir())
 
 
 def test_a_value_with_a_space_is_named(capsys):

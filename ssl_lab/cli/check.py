@@ -87,14 +87,14 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     else:
         items = [(index, node._get_node(index)) for index in range(len(node))]
     for key, child in items:
-        yield from targets(child, f"{path}.{key}" if path else str(key))
+        yield from targets(child, _join(path, key))
 
 
 def missing(node: Any, path: str = "") -> list[str]:
     """Dotted paths of every `???` below `node`."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
         return []
-    paths = {key: f"{path}.{key}" if path else str(key) for key in node}
+    paths = {key: _join(path, key) for key in node}
     absent = [where for key, where in paths.items() if OmegaConf.is_missing(node, key)]
     return absent + [m for key, where in paths.items() for m in missing(node._get_node(key), where)]
 
@@ -103,14 +103,15 @@ def check_references(node: Any, path: str = "") -> None:
     """Every `${...}` below `node` leads to a value."""
     keys: Any = node if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
-        child, where = node._get_node(key), f"{path}.{key}" if path else str(key)
+        child: Any = node._get_node(key)
+        where = _join(path, key)
         if child._is_interpolation():
             try:
                 node[key]
             except OmegaConfBaseException as error:
                 lost = re.search(r"key '([^']+)' not found", str(error))
                 reason = f"there is no {lost[1]} here" if lost else str(error).splitlines()[0]
-                raise UserError(f"{where}={child._value()!s} cannot be worked out: {reason}") from None
+                raise UserError(f"{where}={child._value()} cannot be worked out: {reason}") from None
         elif isinstance(child, DictConfig | ListConfig) and not child._is_none() and not child._is_missing():
             check_references(child, where)
 
@@ -118,6 +119,10 @@ def check_references(node: Any, path: str = "") -> None:
 def arguments_in(node: DictConfig) -> list[str]:
     """Keys of a node that are handed to its target."""
     return [str(key) for key in node if not str(key).startswith("_")]
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _check_value(path: str, node: DictConfig, key: str, signature: Signature) -> None:
