@@ -60,9 +60,18 @@ class Backbone(Protocol):
     dim: int
 
     def __call__(
-        self, x: Tensor, *, keep: Tensor | None = None, mask: "AttnMask" = ..., layers: Sequence[int] = ()
+        self,
+        x: Tensor,
+        *,
+        keep: Tensor | None = None,
+        mask: "AttnMask" = ...,
+        layers: Sequence[int] = (),
+        tokens: bool = True,
     ) -> Encoded:
-        """Encode `x`; `keep` (B, K) int64 selects tokens before the blocks, `layers` asks for hidden states."""
+        """Encode `x`; `keep` (B, K) int64 selects tokens before the blocks, `layers` asks for hidden states.
+
+        `tokens=False` promises that only the prefix will be read, so that work for the tokens may be left out.
+        """
         ...
 
 

@@ -192,3 +192,30 @@ def test_pooling():
     assert torch.equal(encoded.pooled(), prefix[:, 0])
     with pytest.raises(ValueError, match="class token"):
         Encoded(tokens, prefix[:, :0]).pooled("cls")
+
+
+def outputs(vit, image, **more):
+    vit.zero_grad()
+    encoded = vit(image, **more)
+    encoded.prefix.square().sum().backward()
+    return encoded, {n: p.grad.clone() for n, p in vit.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_leaving_out_unwanted_positions_changes_nothing(place):
+    vit, image = tiny(num_registers=2).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for residual in (r for block in vit.blocks for r in block.values()):
+        residual.place = place
+    whole, gradients = outputs(vit, image)
+    part, same = outputs(vit, image, tokens=False)
+    assert part.tokens.shape[1] == 0
+    torch.testing.assert_close(part.prefix, whole.prefix, atol=1e-12, rtol=0)
+    torch.testing.assert_close(same, gradients, atol=1e-12, rtol=1e-10)
+
+
+def test_unwanted_positions_are_computed_where_others_need_them():
+    vit, image = tiny(), torch.randn(2, 3, 32, 32)
+    assert vit(image, tokens=False, layers=(-1,)).hidden[-1].shape[1] == 1 + 16
+    assert not vit.blocks[-1].narrows(Context(mask=CAUSAL))
+    conv = Residual(32, torch.nn.Conv1d(4, 4, 1))
+    assert not Block(attn=vit.blocks[0]["attn"], conv=conv).narrows(Context())

@@ -47,9 +47,17 @@ class Timm(nn.Module):
         self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)
 
     def forward(
-        self, x: Tensor, *, keep: Tensor | None = None, mask: AttnMask = FULL, layers: Sequence[int] = ()
+        self,
+        x: Tensor,
+        *,
+        keep: Tensor | None = None,
+        mask: AttnMask = FULL,
+        layers: Sequence[int] = (),
+        tokens: bool = True,
     ) -> Encoded:
         """Encode (B, C, H, W); `layers` indexes blocks of a ViT or stages of other models (negative = from the end).
+
+        The tokens are there whatever `tokens` says.
 
         Raises:
             UserError: `keep` or a mask, which timm models cannot serve; a model without intermediate layers.

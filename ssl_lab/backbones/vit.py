@@ -91,16 +91,28 @@ class ViT(Transformer):
         return int(self.cls_token is not None) + (0 if self.registers is None else self.registers.shape[1])
 
     def forward(
-        self, x: Tensor, *, keep: Tensor | None = None, mask: AttnMask = FULL, layers: Sequence[int] = ()
+        self,
+        x: Tensor,
+        *,
+        keep: Tensor | None = None,
+        mask: AttnMask = FULL,
+        layers: Sequence[int] = (),
+        tokens: bool = True,
     ) -> Encoded:
-        """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded."""
+        """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded.
+
+        `tokens=False` says that only the prefix is wanted: the last block then leaves the patches out.
+        """
         patches, grid = self.patch_embed.patches(x)
         prefix_positions, positions = self._positions(grid)
         if keep is not None:
             patches, positions = take(patches, keep), F.embedding(keep, positions[0])
-        tokens = self.patch_embed(patches) + positions
+        embedded = self.patch_embed(patches) + positions
         prefix = [t.expand(len(x), -1, -1) for t in self._prefix(prefix_positions)]
-        out, hidden = self.encode(torch.cat([*prefix, tokens], 1), Context(mask=mask), layers)
+        rows = None
+        if not tokens and self.num_prefix:
+            rows = torch.arange(self.num_prefix, device=x.device).expand(len(x), -1)
+        out, hidden = self.encode(torch.cat([*prefix, embedded], 1), Context(mask=mask), layers, rows)
         out = self.norm(out)
         return Encoded(out[:, self.num_prefix :], out[:, : self.num_prefix], hidden=hidden)
 

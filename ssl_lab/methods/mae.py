@@ -11,6 +11,7 @@ from ssl_lab.losses.reconstruct import masked_mse, patch_statistics, standardize
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
 from ssl_lab.nn.embed import patchify, sincos_2d, unpatchify
+from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.masking import put_back, random_mask, take
 from ssl_lab.types import Batch, Pooling, Step
 
@@ -40,10 +41,10 @@ class Decoder(Transformer):
         block: Callable[..., Block] = encoder_block,
     ) -> None:
         super().__init__(functools.partial(block, dim, num_heads, norm=layer_norm), depth, dim, norm=layer_norm)
-        self.embed = nn.Linear(encoder_dim, dim)
+        self.embed = Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, grid, prefix=1)[None], requires_grad=False)
-        self.head = nn.Linear(dim, num_outputs)
+        self.head = Linear(dim, num_outputs)
 
     def forward(self, prefix: Tensor, visible: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
         """Class token (B, 1, E), visible tokens (B, K, E) and their places -> pixels (B, N - K, C * p * p) at `drop`.
@@ -53,8 +54,8 @@ class Decoder(Transformer):
         positions = self.pos_embed
         tokens = put_back(self.embed(visible), keep, self.mask_token[0, 0], positions.shape[1] - 1)
         x = torch.cat([self.embed(prefix), tokens], 1) + positions
-        x, _ = self.encode(x, Context())
-        return self.head(self.norm(take(x, drop + 1)))  # the class token stands first
+        hidden, _ = self.encode(x, Context(), rows=drop + 1)  # the class token stands first
+        return self.head(self.norm(hidden))
 
 
 def init_weights(network: ViT | Decoder) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.linear import Linear
 from ssl_lab.types import Backbone, Batch, Pooling, Step
 
 
@@ -45,7 +46,7 @@ class Supervised(Method):
         self.encoder = encoder
         self.pooling, self.label_smoothing = pooling, label_smoothing
         self.mixup = mixup(num_classes=num_classes, label_smoothing=label_smoothing) if mixup else None
-        self.head = nn.Linear(encoder.dim, num_classes)
+        self.head = Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if freeze_encoder and isinstance(encoder, nn.Module):
@@ -67,7 +68,8 @@ class Supervised(Method):
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features that the head sees."""
-        return self.encoder(batch["image"]).pooled(self.pooling)
+        tokens = self.pooling in ("mean", "last")  # else the class token, where there is one
+        return self.encoder(batch["image"], tokens=tokens).pooled(self.pooling)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

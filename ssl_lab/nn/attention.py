@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ssl_lab.nn.attend import attend
+from ssl_lab.nn.linear import Linear, linear
+from ssl_lab.nn.masking import take
 from ssl_lab.nn.rope import rotate
 
 if TYPE_CHECKING:
@@ -56,16 +58,16 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         kv_dim = num_kv_heads * self.head_dim
         if cross:
-            self.q, self.kv = nn.Linear(dim, dim, qkv_bias), nn.Linear(dim, 2 * kv_dim, qkv_bias)
+            self.q, self.kv = Linear(dim, dim, qkv_bias), Linear(dim, 2 * kv_dim, qkv_bias)
         else:
-            self.qkv = nn.Linear(dim, dim + 2 * kv_dim, qkv_bias)
-        self.proj = nn.Linear(dim, dim, proj_bias)
+            self.qkv = Linear(dim, dim + 2 * kv_dim, qkv_bias)
+        self.proj = Linear(dim, dim, proj_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.cross, self.dropout, self.kernel, self.layer = cross, dropout, kernel, layer
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
-        q, k, v = self._project(x, ctx)
+        q, k, v = (heads.transpose(1, 2) for heads in self._project(x, ctx))
         q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None and not self.cross:
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
@@ -76,13 +78,20 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, ctx: "Context") -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, L, Dh), keys and values (B, Hkv, S, Dh)."""
-        if not self.cross:
-            heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
-            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if ctx.memory is None:
-            raise ValueError("cross-attention needs Context.memory")
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k, v = self.kv(ctx.memory).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).chunk(2, 1)
-        return q, k, v
+        """Queries (B, L, H, Dh), keys and values (B, S, Hkv, Dh)."""
+        if self.cross:
+            if ctx.memory is None:
+                raise ValueError("cross-attention needs Context.memory")
+            k, v = self._heads(self.kv(ctx.memory)).chunk(2, 2)
+            return self._heads(self.q(x)), k, v
+        if ctx.rows is None:
+            q, k, v = self._heads(self.qkv(x)).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
+            return q, k, v
+        width, weight, bias = self.num_heads * self.head_dim, self.qkv.weight, self.qkv.bias
+        k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, 2)
+        q = linear(take(x, ctx.rows), weight[:width], None if bias is None else bias[:width])
+        return self._heads(q), k, v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, L, H * Dh) -> (B, L, H, Dh)."""
+        return x.unflatten(-1, (-1, self.head_dim))

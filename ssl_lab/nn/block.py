@@ -1,7 +1,7 @@
 """Residual, Block, Transformer: the core under every modality. Only the stem and the recipe of a block differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.ffn import MLP
 from ssl_lab.nn.mask import FULL, AttnMask
+from ssl_lab.nn.masking import take
 from ssl_lab.nn.rope import Rope
 
 NormType = Callable[[int], nn.Module]
@@ -27,6 +28,7 @@ class Context:
     memory: Tensor | None = None  # (B, S, D) for cross-attention
     memory_mask: AttnMask = FULL
     cache: KVCache | None = None
+    rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
 
 
 class Residual(nn.Module):
@@ -70,6 +72,8 @@ class Residual(nn.Module):
             branch = branch * self.scale
         if self.gate is not None:
             branch = branch * self.gate.tanh()
+        if self.takes_context and ctx.rows is not None:
+            x = take(x, ctx.rows)
         x = x + self.drop_path(branch).to(x.dtype)  # a float32 gain must not widen a bf16 stream
         return x if self.place == "pre" else self.norm(x)
 
@@ -89,6 +93,16 @@ class Block(nn.ModuleDict):
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._run, x, ctx, use_reentrant=False)
         return self._run(x, ctx)
+
+    def narrows(self, ctx: Context) -> bool:
+        """Whether `ctx.rows` may be set: every other output of the block can then be left out of the work.
+
+        It begins with self-attention, whose keys do not depend on who asks, and what follows looks at one position.
+        """
+        first, *rest = (residual.fn for residual in self.values())
+        if not isinstance(first, Attention) or first.cross or not all(hasattr(fn, "per_position") for fn in rest):
+            return False
+        return not ctx.mask.causal and ctx.mask.segments is None and ctx.rope is None and ctx.cache is None
 
     def _run(self, x: Tensor, ctx: Context) -> Tensor:
         for residual in self.values():
@@ -117,17 +131,25 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(layer=i) for i in range(depth))
         self.norm = norm(dim)
 
-    def encode(self, x: Tensor, ctx: Context, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """(B, L, D) -> output before the norm, and the outputs of the blocks in `layers` (negative = from the end)."""
+    def encode(
+        self, x: Tensor, ctx: Context, layers: Sequence[int] = (), rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """(B, L, D) -> output before the norm, and the outputs of the blocks in `layers` (negative = from the end).
+
+        With `rows` (B, M) the output is (B, M, D), and the last block does no work for other positions if it can.
+        """
         if torch.is_autocast_enabled(x.device.type) and not self.fp32_residual:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         wanted = {i % len(self.blocks): i for i in layers}
         hidden: dict[int, Tensor] = {}
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
+            if i == last and rows is not None and i not in wanted and block.narrows(ctx):
+                return block(x, replace(ctx, rows=rows)), hidden
             x = block(x, ctx)
             if i in wanted:
                 hidden[wanted[i]] = x
-        return x, hidden
+        return x if rows is None else take(x, rows), hidden
 
 
 def encoder_block(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn.linear import linear
 
 
 def patchify(x: Tensor, patch: int, *, channels_last: bool = False) -> Tensor:
@@ -50,7 +51,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) -> (B, N, C * p * p) and the grid (rows, columns).

@@ -5,9 +5,13 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.nn.linear import Linear
+
 
 class MLP(nn.Module):
     """Linear, activation, Linear: (B, L, D) -> (B, L, D)."""
+
+    per_position = True
 
     def __init__(
         self,
@@ -19,7 +23,7 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, bias), act, nn.Linear(hidden, dim, bias)
+        self.fc1, self.act, self.fc2 = Linear(dim, hidden, bias), act, Linear(hidden, dim, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,10 +33,12 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """W_down (silu(W_gate x) * W_up x): (B, L, D) -> (B, L, D) (Shazeer, 2020, arXiv:2002.05202)."""
 
+    per_position = True
+
     def __init__(self, dim: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden, bias), nn.Linear(dim, hidden, bias)
-        self.down, self.dropout = nn.Linear(hidden, dim, bias), nn.Dropout(dropout)
+        self.gate, self.up = Linear(dim, hidden, bias), Linear(dim, hidden, bias)
+        self.down, self.dropout = Linear(hidden, dim, bias), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))

@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Split N tokens per sample by noise (B, N): keep (B, K) of the lowest, drop (B, N - K), K = int(N * (1 - ratio))."""
+    """Split N tokens per sample by noise (B, N) -> keep (B, K) of the lowest and drop (B, N - K).
+
+    K = int(N * (1 - ratio)), as MAE counts.
+    """
     order = noise.argsort(1)
     kept = int(noise.shape[1] * (1 - ratio))
     return order[:, :kept], order[:, kept:]

@@ -11,13 +11,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout
 
     A query that may attend to nothing gives 0.
     """
-    return torch.matmul(attention_map(q, k, mask, scale, dropout_p), _per_query(v, q.shape[1]).contiguous())
+    weights = attention_map(q, k, mask, scale, dropout_p)
+    return torch.bmm(weights.flatten(0, 1), _per_query(v, q.shape[1]).flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 def attention_map(q: Tensor, k: Tensor, mask: AttnMask, scale: float, dropout_p: float = 0.0) -> Tensor:
     """Attention weights (B, H, L, S); torch's softmax computes half precision in float32 and rounds once."""
-    q, k = q.contiguous(), _per_query(k, q.shape[1]).contiguous()  # else matmul copies them transposed, which is slow
-    scores = torch.matmul(q * scale, k.transpose(-2, -1))
+    scores = _scaled_product(q.flatten(0, 1), _per_query(k, q.shape[1]).flatten(0, 1), scale).unflatten(0, q.shape[:2])
     allowed = mask.dense(q.shape[2], k.shape[2], q.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -25,6 +25,11 @@ def attention_map(q: Tensor, k: Tensor, mask: AttnMask, scale: float, dropout_p:
     if allowed is not None and not mask.plain:  # only then can a row be empty: softmax over -inf is NaN
         weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     return torch.dropout(weights, dropout_p, dropout_p > 0)
+
+
+def _scaled_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q k^T * scale, (N, L, Dh) and (N, S, Dh) -> (N, L, S); the scale costs no pass of its own."""
+    return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _per_query(x: Tensor, num_heads: int) -> Tensor:

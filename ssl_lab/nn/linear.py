@@ -1,0 +1,74 @@
+"""The linear map of every projection, with float32 on a CPU sent to the library that is fast there.
+
+For float32 torch calls MKL, which on processors of other makers stays below their widest vectors: on an AMD EPYC with
+AVX-512 oneDNN does the same product 2.1 times faster (`docs/performance.md`). Half precision goes to oneDNN anyway.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, (..., D) -> (..., E); same parameters, same result up to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., D) times weight (E, D) transposed, plus bias (E) -> (..., E)."""
+    if _through_onednn(x, weight, bias):
+        out: Tensor = _OneDNN.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(x, weight, bias)
+
+
+def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and _AVAILABLE
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class _OneDNN(torch.autograd.Function):
+    """torch has the product as an operator, without a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad, weight.t()) if need_x else None,
+            _outer(rows, x.flatten(0, -2)) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """(M, E), (M, D) -> (E, D): the transposed product where that has the fewer rows, which is faster."""
+    if grad.shape[1] <= x.shape[1]:
+        return _product(grad.t(), x.t())
+    return _product(x.t(), grad.t()).t()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out

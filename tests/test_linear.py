@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssl_lab.nn import linear as module
+from ssl_lab.nn.linear import Linear, linear
+
+onednn = pytest.mark.skipif(not module._AVAILABLE, reason="this processor has no AVX-512, or torch no oneDNN")
+
+
+def results(function, x, weight, bias):
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out = function(*leaves)
+    out.square().sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@onednn
+@pytest.mark.parametrize("shape", [(5, 24, 7), (3, 8, 40), (1, 16, 16)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_onednn_is_the_same_map(shape, lead, monkeypatch):
+    rows, dim, width = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*lead, rows, dim, generator=generator)
+    weight, bias = torch.randn(width, dim, generator=generator), torch.randn(width, generator=generator)
+    ours, theirs = results(linear, x, weight, bias), results(F.linear, x, weight, bias)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    calls = []
+    monkeypatch.setattr(module, "_product", lambda *_: calls.append(1) or torch.zeros(*lead, rows, width))
+    linear(x, weight, bias)
+    assert calls
+
+
+@onednn
+def test_strides_do_not_matter():
+    x, weight = torch.randn(6, 4, 8).transpose(0, 1), torch.randn(8, 12).t()
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_are_torchs_own(dtype):
+    x, layer = torch.randn(3, 8, dtype=dtype), Linear(8, 4).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_autocast_is_torchs_own():
+    x, layer = torch.randn(3, 8), Linear(8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and layer(x).dtype == torch.bfloat16
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    layer = Linear(8, 4)
+    out = layer(torch.zeros(0, 8, requires_grad=True))
+    out.sum().backward()
+    assert out.shape == (0, 4) and not layer.weight.grad.any()
+
+
+def test_frozen_parts_get_no_gradient():
+    x, layer = torch.randn(3, 8, requires_grad=True), Linear(8, 4).requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None
