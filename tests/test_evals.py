@@ -167,6 +167,11 @@ def test_rankme_of_isotropic_rank_one_and_partial_features():
     x[:, 4:] = 0
     assert 3.8 < rankme(x) < 4.01
     assert rankme(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+    for shape in ((50, 20), (20, 50)):
+        x = torch.randn(shape, generator=g) @ torch.diag(torch.logspace(0, -6, shape[1]))
+        values = torch.linalg.svdvals(x.double())
+        p = values / values.sum() + 1e-7
+        assert rankme(x) == pytest.approx(float((-(p * p.log()).sum()).exp()), abs=1e-4)
 
 
 def test_feature_std_is_one_if_isotropic_and_zero_if_collapsed():

@@ -17,7 +17,7 @@ class Collapse:
 
     Args:
         split: whose features.
-        max_rows: at most so many, evenly spaced, enter the singular value decomposition.
+        max_rows: at most so many, evenly spaced, enter the measures.
         limit: use so many rows of the split, evenly spread; None = all.
         every: training steps between two runs, 0 = only at the end.
     """
@@ -47,7 +47,13 @@ def feature_std(x: Tensor) -> float:
 
 
 def rankme(x: Tensor) -> float:
-    """(N, D) -> exp of the entropy of the normalised singular values (Garrido et al., 2023, arXiv:2210.02885)."""
-    values = torch.linalg.svdvals(x.double())
+    """(N, D) -> exp of the entropy of the normalised singular values (Garrido et al., 2023, arXiv:2210.02885).
+
+    They are roots of the eigenvalues of the smaller Gram matrix: many times faster than decomposing wide features,
+    and in float64 the error lies below the 1e-7 that the measure itself adds to every share.
+    """
+    x = x.double()
+    gram = x.T @ x if len(x) > x.shape[1] else x @ x.T
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=1e-300) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from ssl_lab.errors import UserError
@@ -92,7 +93,7 @@ def table(rows: Iterable[Row]) -> Table:
         if cells is None:
             lines.append((place, cells := {}))
         cells[column] = row.value
-    out = Table("features", "step")
+    out = Table("features", "step", box=SIMPLE)
     for column in columns:
         out.add_column(column, justify="right")
     for (subject, step), cells in lines:
