@@ -93,7 +93,7 @@ def table(rows: Iterable[Row]) -> Table:
         if cells is None:
             lines.append((place, cells := {}))
         cells[column] = row.value
-    out = Table("features", "step", box=SIMPLE)
+    out = Table("features", "step", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in columns:
         out.add_column(column, justify="right")
     for (subject, step), cells in lines:
