@@ -47,8 +47,10 @@ def run(cfg: DictConfig) -> None:
         method_config["num_classes"] = len(data.classes)
 
     def judge(method: nn.Module, step: int, subject: str) -> list[Row]:
-        method = method.to(fabric.device)
-        return run_all(evaluators, method, data, step=step, subject=subject, precision=fabric.autocast)
+        method, able = method.to(fabric.device), evaluators
+        if isinstance(method, Pixels):  # they have features and no more
+            able = {name: e for name, e in evaluators.items() if isinstance(method, e.needs)}
+        return run_all(able, method, data, step=step, subject=subject, precision=fabric.autocast)
 
     rows = []
     if cfg.baselines:
