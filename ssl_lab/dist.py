@@ -26,7 +26,7 @@ class _Gather(torch.autograd.Function):
         return _all_gather(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         td.all_reduce(grad)
         return grad.narrow(0, rank() * ctx.rows, ctx.rows)

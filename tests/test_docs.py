@@ -45,7 +45,7 @@ def toy(words: list[str]) -> list[str]:
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
         if "backbone@method.encoder=timm" not in text:
             more |= VIT
-        if "mae" in text or "quickstart" in text:
+        if re.search(r"(experiment=(mae|quickstart)|method=mae)", text):
             more |= DECODER
     if "folder" not in text and "ckpt=" not in text:
         more |= SHAPES

@@ -46,7 +46,7 @@ def test_killed_twice_with_workers_accumulation_and_average(reference, tmp_path)
     options = ["data.num_workers=2", "trainer.accumulate_grad_batches=2", "ema=0.9"]
     out = tmp_path / "run"
     words = [*TINY, *options, f"out={out}"]
-    assert run(words, ("backward", 11)) == -9
+    assert run(words, ("backward", 5)) == -9
     assert run(words, ("backward", 6)) == -9
     assert run(words) == 0
     same_end(reference(*options), out)

@@ -66,8 +66,8 @@ class Timm(nn.Module):
             what = "encode a part of the patches (keep=)" if keep is not None else "restrict attention (mask=)"
             raise UserError(f"timm's {self.arguments['name']} cannot {what}; use a ViT, e.g. backbone=vit_s16")
         if not layers:
-            prefix, tokens = self._split(self.model.forward_features(x))
-            return Encoded(tokens, prefix)
+            prefix, patches = self._split(self.model.forward_features(x))
+            return Encoded(patches, prefix)
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm's {self.arguments['name']} does not give intermediate layers (layers=)")
         depth = len(self.model.feature_info)
@@ -75,8 +75,8 @@ class Timm(nn.Module):
         extra = {"return_prefix_tokens": True} if self.num_prefix else {}
         last, maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", **extra)
         found = dict(zip(wanted, (_joined(m) for m in maps), strict=True))
-        prefix, tokens = self._split(last)
-        return Encoded(tokens, prefix, hidden={i: found[i % depth] for i in layers})
+        prefix, patches = self._split(last)
+        return Encoded(patches, prefix, hidden={i: found[i % depth] for i in layers})
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix (B, P, D) and tokens (B, L, D) of what `forward_features` gives."""

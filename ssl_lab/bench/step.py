@@ -74,7 +74,7 @@ class TrainStep:
         """The part of a step that has matrix products."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             loss = self.loss()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
 

@@ -33,7 +33,7 @@ from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
 from ssl_lab.pictures import side_by_side, unnormalize
 from ssl_lab.train import checkpoint
-from ssl_lab.train.callbacks import EMA, Checkpoints, Pictures, RunEvals
+from ssl_lab.train.callbacks import EMA, Checkpoints, Pictures, RunEvals, as_they_are
 from ssl_lab.train.guard import Guard
 from ssl_lab.train.loggers import Loggers
 from ssl_lab.train.metrics import Log
@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> None:
         UserError: a mistake in the configuration, the data, or the run folder.
         SystemExit: 75 after SIGTERM or SIGUSR1, 130 after SIGINT; the state is saved first.
     """
-    first = rank_zero_only.rank == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0
     with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
         training = Training(cfg, signals, first=first)
         try:
@@ -97,7 +97,7 @@ class Training:
     def fit(self) -> None:
         """Train from where the run stands to its end, or until a signal."""
         self.say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
-        if self.standing.step >= self.steps:
+        if self.standing.path is not None and self.standing.step >= self.steps:
             self.method.load_state_dict(checkpoint.read(self.standing.path)["state_dict"])
             return
         self.loggers.open()
@@ -141,7 +141,7 @@ class Training:
         self.say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
 
     def _trainer(self) -> L.Trainer:
-        cfg, weights = self.cfg, contextlib.nullcontext if self.ema is None else self.ema.applied
+        cfg, weights = self.cfg, as_they_are if self.ema is None else self.ema.applied
         guard = Guard(lambda: checkpoint.find(self.out))
         every = {name: evaluator.every for name, evaluator in self.evaluators.items()}
         self.pictures = Pictures(
@@ -199,11 +199,11 @@ class Training:
         stats = STATS[self.data.eval_views.stats]
         drawn = {}
         with self.trainer.precision_plugin.forward_context():
-            if hasattr(self.method, "pictures"):
-                columns = self.method.pictures(batch)
+            if (pictures := getattr(self.method, "pictures", None)) is not None:
+                columns = pictures(batch)
                 drawn["reconstruction"] = side_by_side({k: unnormalize(v, *stats) for k, v in columns.items()})
-            if isinstance(getattr(self.method, "encoder", None), ViT):
-                colours = feature_maps(self.method.encoder, batch["image"])
+            if isinstance(encoder := getattr(self.method, "encoder", None), ViT):
+                colours = feature_maps(encoder, batch["image"])
                 drawn["features"] = side_by_side({"input": unnormalize(batch["image"], *stats), "features": colours})
         return drawn
 

@@ -104,7 +104,7 @@ class Finetune:
                 with round.precision():
                     logits = model(image)
                 loss = F.cross_entropy(logits.float(), y, ignore_index=-1, label_smoothing=self.label_smoothing)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             for p in model.parameters():
                 p.grad = None if p.grad is None else dist.all_reduce_mean(p.grad)
             optimizer.step()

@@ -122,7 +122,7 @@ def fit(
                 logits = torch.addmm(torch.cat(biases), x[rows], torch.cat(weights, 1)).view(-1, R, classes)
                 target = y[rows, None].expand(-1, R)
                 loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="sum") / len(rows)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1

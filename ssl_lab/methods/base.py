@@ -64,7 +64,7 @@ class Method(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.step(batch, self.progress)
         done = self.global_step + 1
-        if done % self.trainer.log_every_n_steps == 0 or done == self.trainer.max_steps:
+        if done % self.trainer.log_every_n_steps == 0 or done == self.trainer.max_steps:  # type: ignore[attr-defined]
             logs = {"train/loss": step.loss.detach(), **{f"train/{k}": v for k, v in step.logs.items()}}
             self.log_dict(logs, sync_dist=dist.world_size() > 1)
         return step.loss

@@ -144,7 +144,8 @@ class Transformer(nn.Module):
         hidden: dict[int, Tensor] = {}
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if i == last and rows is not None and i not in wanted and block.narrows(ctx):
+            narrow = i == last and rows is not None and i not in wanted
+            if narrow and isinstance(block, Block) and block.narrows(ctx):
                 return block(x, replace(ctx, rows=rows)), hidden
             x = block(x, ctx)
             if i in wanted:
@@ -165,7 +166,7 @@ def encoder_block(
     layer: int = 0,
 ) -> Block:
     """The pre-norm recipe of ViT and its kin: attention, then an MLP of `mlp_ratio` times the width."""
-    attention = Attention(dim, num_heads, qk_norm=qk_norm, kernel=kernel, layer=layer)  # type: ignore[arg-type]
+    attention = Attention(dim, num_heads, qk_norm=qk_norm, kernel=kernel, layer=layer)
     mlp = MLP(dim, int(dim * mlp_ratio))
     return Block(
         attn=Residual(dim, attention, norm=norm, layer_scale=layer_scale, drop_path=drop_path),

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (E, D) transposed, plus bias (E) -> (..., E)."""
     if _through_onednn(x, weight, bias):
-        out: Tensor = _OneDNN.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        out: Tensor = _OneDNN.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
 
@@ -50,7 +50,7 @@ class _OneDNN(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad

@@ -21,6 +21,14 @@ from ssl_lab.train.loggers import Loggers
 log = logging.getLogger(__name__)
 
 
+Weights = Callable[[L.LightningModule], contextlib.AbstractContextManager[None]]
+
+
+def as_they_are(method: L.LightningModule) -> contextlib.AbstractContextManager[None]:
+    """The weights that train: nothing is put in their place."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def aside(method: L.LightningModule) -> Iterator[None]:
     """Do something else with a method in training: in eval mode, leaving modes and random states as they were."""
@@ -133,7 +141,7 @@ class RunEvals(L.Callback):
         every: Mapping[str, int],
         run: Callable[[Sequence[str], int], Mapping[str, float]],
         loggers: Loggers,
-        weights: Callable[[L.LightningModule], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        weights: Weights = as_they_are,
     ) -> None:
         self._every, self._run, self._loggers, self._weights = dict(every), run, loggers, weights
 
@@ -167,7 +175,7 @@ class Pictures(L.Callback):
         loggers: Loggers,
         *,
         every: int = 0,
-        weights: Callable[[L.LightningModule], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        weights: Weights = as_they_are,
     ) -> None:
         self.folder, self.every = folder, every
         self._draw, self._loggers, self._weights = draw, loggers, weights

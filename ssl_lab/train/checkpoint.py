@@ -88,7 +88,7 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         with open(temporary, "wb") as file:
             stream = _Hashed(file)
             try:
-                torch.save(checkpoint, stream)
+                torch.save(checkpoint, stream)  # type: ignore[arg-type]
             except RuntimeError:
                 if stream.error is not None:  # torch hides the cause
                     raise stream.error from None

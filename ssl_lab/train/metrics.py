@@ -60,7 +60,7 @@ class Log(L.Callback):
             return
         self._steps += 1
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:  # type: ignore[attr-defined]
             self._loggers.scalars(self._row(trainer, pl_module), step)
             self._restart(trainer)
 
@@ -72,7 +72,7 @@ class Log(L.Callback):
             row["opt/grad_norm"] = float(norm)
         waited = _waited(trainer) - self._wait
         seconds = max(self._busy + waited, 1e-9)
-        row["time/images_per_s"] = self._steps * pl_module.samples_per_step / seconds
+        row["time/images_per_s"] = self._steps * int(pl_module.samples_per_step) / seconds  # type: ignore[arg-type]
         row["time/data_wait"] = waited / seconds
         row["memory/peak_gb"] = _peak_bytes(pl_module.device) / 1e9
         return row
@@ -82,7 +82,8 @@ class Log(L.Callback):
 
 
 def _waited(trainer: L.Trainer) -> float:
-    return trainer.profiler.seconds if isinstance(trainer.profiler, DataWait) else 0.0
+    profiler = getattr(trainer, "profiler", None)
+    return profiler.seconds if isinstance(profiler, DataWait) else 0.0
 
 
 def _peak_bytes(device: torch.device) -> int:

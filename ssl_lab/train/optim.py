@@ -65,12 +65,14 @@ class Optim:
         groups = list(self._groups(named))
         if not groups:
             raise UserError("nothing to train: no parameter requires a gradient; check method.train and frozen parts")
-        lr = self.peak_lr(samples_per_step)
+        lr, betas = self.peak_lr(samples_per_step), (float(self.betas[0]), float(self.betas[1]))
         for group in groups:
             group["peak_lr"] = group["lr"] = lr * group.pop("lr_scale")
-        betas = tuple(self.betas)
         if self.name == "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.eps, fused=True)
+            optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.eps, fused=True)
+            # Else a loss scaler leaves unscaling to the fused step, and Lightning refuses to clip before it.
+            optimizer._step_supports_amp_scaling = False
+            return optimizer
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
         if self.name == "lars":

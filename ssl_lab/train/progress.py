@@ -43,7 +43,7 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._shown = self._begun = time.monotonic()
-        self._first, self._samples = trainer.global_step, pl_module.samples_per_step
+        self._first, self._samples = trainer.global_step, int(pl_module.samples_per_step)  # type: ignore[arg-type]
         if self._enabled and self._console.is_terminal:
             loss = TextColumn("{task.fields[loss]}")
             columns = BarColumn(), MofNCompleteColumn(), _Rate(self._samples), TimeRemainingColumn(), loss

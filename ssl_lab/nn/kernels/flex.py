@@ -14,7 +14,8 @@ from ssl_lab.nn.mask import AttnMask
 def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    run: Callable[..., Any] = flex_attention
+    return torch.compile(run, dynamic=False) if compiled else run
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float) -> Tensor:
