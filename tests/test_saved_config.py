@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ssl_lab.cli.saved import check_targets, load_config, run_folder
+from ssl_lab.cli.saved import check_targets, load_config, run_folder, without_downloads
 from ssl_lab.errors import UserError
 
 GOOD = {
@@ -62,6 +62,17 @@ def test_a_package_of_ones_own_can_be_trusted():
 def test_what_is_no_plain_mapping_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"config.yaml"):
         load_config(save(tmp_path, text))
+
+
+def test_starting_weights_are_left_out_and_loss_weights_kept():
+    config = {
+        "weights": [25.0, 25.0, 1.0],
+        "encoder": {"weights": "timm:vit"},
+        "towers": [{"pretrained": True, "dim": 3}],
+    }
+    expected = {"weights": [25.0, 25.0, 1.0], "encoder": {"weights": None}, "towers": [{"pretrained": False, "dim": 3}]}
+    assert without_downloads(config) == expected
+    assert config["encoder"]["weights"] == "timm:vit"
 
 
 def test_the_run_folder_of_its_parts(tmp_path):

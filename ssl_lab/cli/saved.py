@@ -45,11 +45,17 @@ def load_config(folder: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def without_downloads(config: Any) -> Any:
-    """The same configuration without starting weights, for networks that a checkpoint fills or that stay random."""
+    """The same configuration without starting weights, for networks that a checkpoint fills or that stay random.
+
+    Only a text under `weights` names a start: a loss may have weights too.
+    """
+    if isinstance(config, list):
+        return [without_downloads(value) for value in config]
     if not isinstance(config, dict):
         return config
-    off = {"weights": None, "pretrained": False}
-    return {key: off[key] if key in off else without_downloads(value) for key, value in config.items()}
+    plain = {key: without_downloads(value) for key, value in config.items()}
+    plain |= {"weights": None} if isinstance(config.get("weights"), str) else {}
+    return plain | ({"pretrained": False} if config.get("pretrained") is True else {})
 
 
 def check_targets(config: Any, source: str, trust: Sequence[str] = ()) -> None:
