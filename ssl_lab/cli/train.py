@@ -40,6 +40,7 @@ from ssl_lab.train.metrics import Log
 from ssl_lab.train.parallel import Parallel
 from ssl_lab.train.progress import StepBar
 from ssl_lab.train.signals import Interrupted, Signals
+from ssl_lab.types import Embeds
 from ssl_lab.weights import io
 
 _SHOWN = 8  # images in a picture
@@ -108,7 +109,7 @@ class Training:
             sweep(self.out)
             sweep(self.out / "checkpoints")
         if self.cfg.baselines and self.standing.step == 0 and self.first:
-            self._judge(self.evaluators, 0, "raw pixels", Pixels())
+            self._judge({n: e for n, e in self.evaluators.items() if e.needs is Embeds}, 0, "raw pixels", Pixels())
             self._judge(self.evaluators, 0, "random encoder", self.method)
         self.signals.deferred = True
         try:
