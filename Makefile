@@ -20,7 +20,7 @@ test: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m codespell_lib ssl_lab tests docs conf README.md
+	$(BIN)/python -m codespell_lib ssl_lab docs conf experiments README.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not download"
 
 test-all: $(STAMP)
