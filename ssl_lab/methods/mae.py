@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.backbones.vit import ViT, layer_norm
+from ssl_lab.errors import UserError
 from ssl_lab.losses.reconstruct import masked_mse, patch_statistics, standardize
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
@@ -93,7 +94,9 @@ class MAE(Method):
     ) -> None:
         super().__init__()
         if encoder.num_prefix != 1:
-            raise ValueError("MAE needs an encoder with a class token and no registers, as published")
+            raise UserError(
+                "MAE needs an encoder with a class token and no registers: leave method.encoder.num_registers at 0"
+            )
         self.encoder = encoder
         self.mask_ratio, self.norm_pix, self.pooling = mask_ratio, norm_pix, pooling
         self.patch_size = encoder.patch_embed.patch_size
