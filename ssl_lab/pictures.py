@@ -1,13 +1,14 @@
 """Grids of images for people to look at: plain tensors in, one (3, H, W) uint8 tensor out."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ssl_lab.files import replacing
 
 _GAP = 2  # white pixels between images
 _VISIBLE = 128  # small images are enlarged to about this side
@@ -60,9 +61,8 @@ def side_by_side(columns: dict[str, Tensor], *, scale: int | None = None) -> Ten
 def save_png(path: Path, picture: Tensor) -> None:
     """Write a (3, H, W) uint8 picture; folders are made, and the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()).save(temporary, format="PNG")
 
 
 def _header(labels: Sequence[str], width: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Results as rows in a run's metrics.json, each with the protocol that it was measured by, and as a table."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ssl_lab.errors import UserError
+from ssl_lab.files import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     merged = {row.key: row for row in [*read(path), *rows]}
     lines = ",\n".join(json.dumps(asdict(row)) for row in merged.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(f"[\n{lines}\n]\n" if lines else "[]\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def table(rows: Iterable[Row]) -> Table:

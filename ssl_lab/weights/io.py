@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT, layer_norm
 from ssl_lab.errors import UserError
+from ssl_lab.files import replacing
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, encoder_block
 from ssl_lab.nn.ffn import MLP
@@ -54,9 +54,8 @@ def save(backbone: nn.Module, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    partial = path.with_name(path.name + ".tmp")
-    save_file(state, partial, metadata={"format": "pt", HEADER: json.dumps(architecture(backbone))})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(state, partial, metadata={"format": "pt", HEADER: json.dumps(architecture(backbone))})
 
 
 def build(path: str | Path) -> ViT | Timm:
