@@ -1,71 +1,21 @@
-"""Known answers for every evaluator, the sharing of features, and the file of results."""
+"""Known answers for kNN, linear probe and collapse measures, and the round in which they share features."""
 
-import copy
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vectors import FakeData, clusters, run, shuffled_labels
 
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Round, Skip, accuracy, evaluating, gather_rows, require, unique_rows
+from ssl_lab.evals.base import Round, accuracy, evaluating, gather_rows, require, unique_rows
 from ssl_lab.evals.collapse import Collapse, feature_std, rankme
-from ssl_lab.evals.finetune import Finetune
 from ssl_lab.evals.knn import KNN, knn_votes
 from ssl_lab.evals.linear import Linear, fit, standardized
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.results import Row, read, table, write
-from ssl_lab.evals.runner import logged, run_all
-from ssl_lab.train.optim import Optim
-from ssl_lab.types import Encoded
-
-
-class FakeData:
-    """Vectors in the place of images; `repeat` hands out the first rows twice, as a sampler that pads does."""
-
-    def __init__(self, train, test, num_classes=4, repeat=0):
-        self.splits = {"train": train, "test": test}
-        self.classes = [str(c) for c in range(num_classes)]
-        self.repeat, self.asked = repeat, []
-
-    def eval_loader(self, split, limit=None):
-        self.asked.append(split)
-        x, y = (t[:limit] for t in self.splits[split])
-        rows = torch.cat([torch.arange(len(y)), torch.arange(min(self.repeat, len(y)))])
-        for part in rows.flip(0).split(16):
-            yield {"image": x[part], "target": y[part], "index": part}
-
-    def train_dataloader(self):
-        x, y = self.splits["train"]
-        for part in torch.arange(len(y)).split(16):
-            yield {"image": x[part], "target": y[part], "index": part}
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch
-
-
-def clusters(per_class=32, classes=4, dim=12, noise=0.1, seed=0):
-    """Well separated classes: (train, test), each ((N, dim), (N,))."""
-    g = torch.Generator().manual_seed(seed)
-    centres = F.normalize(torch.randn(classes, dim, generator=g), dim=1)
-    y = torch.arange(classes).repeat(per_class)
-    return tuple((centres[y] + noise * torch.randn(len(y), dim, generator=g), y) for _ in range(2))
-
-
-def shuffled_labels(data, seed=0):
-    (x, y), (x_test, y_test) = data
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    return (x, y[order]), (x_test, y_test)
-
-
-def run(evaluator, data, method=None, **settings):
-    rows = run_all({"it": evaluator}, method or Pixels(), data, **settings)
-    return {row.name: row.value for row in rows}
-
+from ssl_lab.evals.runner import run_all
 
 # ---- kNN
 
@@ -321,124 +271,3 @@ def test_ranks_with_different_numbers_of_rows_are_joined(monkeypatch):
     rows = [torch.arange(3.0)[:, None], torch.arange(10, 12.0)[:, None]]
     for out in ranks.run(lambda rank: gather_rows(rows[rank], torch.device("cpu"))):
         assert out.flatten().tolist() == [0, 1, 2, 10, 11]
-
-
-# ---- fine-tuning
-
-
-class Encoder(nn.Module):
-    dim = 12
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + F.dropout(F.gelu(block(x)), 0.1, self.training)
-        return Encoded(x[:, None], x[:, None][:, :0])
-
-
-class Method(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder = Encoder()
-
-    def embed(self, batch):
-        return self.encoder(batch["image"]).pooled()
-
-
-def test_finetune_learns_on_a_copy_and_repeats_its_digits():
-    method, data = Method(), FakeData(*clusters(noise=0.3))
-    before = copy.deepcopy(method.state_dict())
-    evaluator = Finetune(Optim(lr=1e-2, layer_decay=0.75), steps=40)
-    first = run(evaluator, data, method)
-    assert first["top1"] > 90 and first["train/loss"] < 1.0
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert all(p.grad is None for p in method.parameters())
-    torch.manual_seed(5)
-    assert run(evaluator, data, method) == first
-
-
-def test_finetune_starts_from_the_weights_it_is_given():
-    """Rates of 0: the head stays at 0 and every class is as likely."""
-    evaluator = Finetune(Optim(lr=0.0, schedule="constant"), steps=2, label_smoothing=0.0)
-    values = run(evaluator, FakeData(*clusters()), Method())
-    assert values["train/loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
-
-
-def test_finetune_without_labels_or_encoder():
-    (x, y), test = clusters()
-    optim = Optim()
-    with pytest.raises(Skip, match="no classes"):
-        Finetune(optim).run(Round(Method(), FakeData((x, y), test, num_classes=0)))
-    with pytest.raises(Skip, match="no labels"):
-        Finetune(optim).run(Round(Method(), FakeData((x, y * 0 - 1), test)))
-    with pytest.raises(Skip, match="Pixels has no encoder"):
-        Finetune(optim).run(Round(Pixels(), FakeData((x, y), test)))
-
-
-# ---- results
-
-
-def row(value=1.0, **changes):
-    settings = dict(subject="trained", step=10, evaluator="knn", name="top1", samples={"test": 3}, protocol={"k": 20})
-    return Row(**(settings | changes), value=value, seconds=0.1, time="2026-01-01T00:00:00+00:00")
-
-
-def test_the_same_measurement_replaces_and_another_is_added(tmp_path):
-    path = tmp_path / "run" / "metrics.json"
-    write(path, [row(1.0), row(2.0, name="top5")])
-    write(path, [row(3.0), row(4.0, step=20), row(5.0, protocol={"k": 200}), row(6.0, subject="raw pixels")])
-    assert [r.value for r in read(path)] == [3, 2, 4, 5, 6]
-    assert [r["value"] for r in json.loads(path.read_text())] == [3, 2, 4, 5, 6]
-    assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
-
-
-def test_every_protocol_survives_the_file(tmp_path):
-    evaluators = {"knn": KNN(), "linear": Linear(passes=1), "collapse": Collapse(), "ft": Finetune(Optim(), steps=2)}
-    rows = run_all(evaluators, Method(), FakeData(*clusters()), step=7)
-    for _ in range(2):
-        write(tmp_path / "metrics.json", rows)
-    assert read(tmp_path / "metrics.json") == rows
-    assert all(r.step == 7 and r.protocol and r.time and r.samples for r in rows)
-    assert logged(rows)["eval/knn/top1"] == rows[0].value
-
-
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"name": "top1"}]', "[1]"])
-def test_a_corrupt_file_is_named_and_left_alone(tmp_path, content):
-    path = tmp_path / "metrics.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=r"metrics.json is not a list of results"):
-        write(path, [row()])
-    assert path.read_text() == content
-
-
-def test_the_table_has_a_line_per_subject_and_leaves_out_details():
-    out = table(
-        [
-            row(30.5, subject="random encoder", step=0),
-            row(50.25),
-            row(60.0, evaluator="linear"),
-            row(59.0, evaluator="linear", name="lr_0.001/top1"),
-            row(49.0, protocol={"k": 200}),
-        ]
-    )
-    assert [c.header for c in out.columns] == ["features", "step", "knn\ntop1", "linear\ntop1"]
-    assert [list(c.cells) for c in out.columns] == [
-        ["random encoder", "trained", "trained"],
-        ["0", "10", "10"],
-        ["30.5", "50.25", "49"],
-        ["", "60", ""],
-    ]
-
-
-def test_the_yaml_of_every_evaluator_builds():
-    hydra, omegaconf = pytest.importorskip("hydra.utils"), pytest.importorskip("omegaconf")
-    for path in sorted((Path(__file__).parent.parent / "conf/eval").glob("*.yaml")):
-        node = omegaconf.OmegaConf.load(path)
-        assert list(node) == [path.stem]
-        evaluator = hydra.instantiate(node, _convert_="all")[path.stem]
-        assert isinstance(evaluator.every, int) and evaluator.protocol
-        json.dumps(evaluator.protocol)

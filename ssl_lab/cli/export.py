@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssl_lab.backbones.vit import ViT
-from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.cli.saved import load_config, run_folder, without_downloads
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE
@@ -74,7 +73,7 @@ def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
     if found is None:
         return io.build(path), None
     config = load_config(folder, trust)
-    method: nn.Module = instantiate(_without_downloads(config["method"]), _convert_="all")
+    method: nn.Module = instantiate(without_downloads(config["method"]), _convert_="all")
     try:
         method.load_state_dict(checkpoint.read(found)["state_dict"])
     except RuntimeError as error:
@@ -82,15 +81,6 @@ def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
     views = (config.get("data") or {}).get("eval_views") or {}
     return method, STATS.get(views.get("stats", ""))
-
-
-def _without_downloads(config: Any) -> Any:
-    """The same method without its starting weights, which the checkpoint replaces."""
-    if not isinstance(config, dict):
-        return config
-    started = {key for key, value in config.items() if key == "weights" and isinstance(value, str)}
-    plain = {key: None if key in started else _without_downloads(value) for key, value in config.items()}
-    return plain | ({"pretrained": False} if config.get("pretrained") is True else {})
 
 
 def _backbone(method: nn.Module) -> nn.Module:
