@@ -36,6 +36,7 @@ MISTAKES = [
     ("method=mae method.encoder.num_head=4", ["method.encoder.num_head", "num_heads"]),
     ("method=mae trainer.gradient_clip=1", ["trainer.gradient_clip", "gradient_clip_val"]),
     ("method=mae +foo=1", ["foo"]),
+    ("method=mae attention=flsh", ["kernel=flsh", "did you mean flash"]),
     ("method=mae trainer.max_steps=10", ["trainer.max_steps", "duration="]),
     ("method=mae epochs=10", ["epochs", "duration=10epochs"]),
     ("method=mae compil=true", ["compil", "compile"]),

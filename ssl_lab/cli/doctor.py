@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ssl_lab.cli import machine
 from ssl_lab.cli.machine import Finding
-from ssl_lab.nn.attend import KERNELS, attend, choose, supports
+from ssl_lab.nn.attend import KERNELS, KernelName, attend, choose, supports
 from ssl_lab.nn.mask import FULL
 
 HEAD_DIM, LENGTH = 64, 64
@@ -65,7 +65,7 @@ def _kernels() -> list[Table | Text]:
     return [table, *(Text(f"  ({n}) {reason}", style="dim") for n, reason in enumerate(reasons, 1))]
 
 
-def unavailable(kernel: str, device: str, dtype: torch.dtype) -> str | None:
+def unavailable(kernel: KernelName, device: str, dtype: torch.dtype) -> str | None:
     """None when a forward and a backward pass work, else why not. FlexAttention is asked, not tried: it compiles."""
     reason = supports(kernel, dtype=dtype, device=device, head_dim=HEAD_DIM, mask=FULL)
     if reason is not None or kernel == "flex":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from ssl_lab.nn.kernels.flex import flex
 from ssl_lab.nn.kernels.sdpa import BACKENDS, sdpa
 from ssl_lab.nn.mask import FULL, AttnMask
 
+KernelName = Literal["auto", "eager", "sdpa", "flash", "efficient", "cudnn", "math", "flex"]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttnMask, float, float], Tensor]
 
-KERNELS: dict[str, Kernel] = {
+KERNELS: dict[KernelName, Kernel] = {
     "eager": eager,
     "sdpa": sdpa,
     **{name: functools.partial(sdpa, backend=name) for name in BACKENDS},
@@ -30,7 +32,7 @@ def attend(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    kernel: str = "auto",
+    kernel: KernelName = "auto",
 ) -> Tensor:
     """Scaled dot-product attention, (B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); H is a multiple of Hkv.
 
@@ -56,7 +58,7 @@ def attend(
     return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
 
 
-def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0) -> str:
+def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0) -> KernelName:
     """The kernel of "auto": a fixed rule from measurements, never timed, so a resumed run chooses the same.
 
     On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on

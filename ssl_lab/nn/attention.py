@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ssl_lab.nn.attend import attend
+from ssl_lab.nn.attend import KernelName, attend
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.masking import take
 from ssl_lab.nn.rope import rotate
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
-        kernel: str = "auto",
+        kernel: KernelName = "auto",
         layer: int = 0,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.ffn import MLP
@@ -162,7 +163,7 @@ def encoder_block(
     qk_norm: NormType | None = None,
     layer_scale: float | None = None,
     drop_path: float = 0.0,
-    kernel: str = "auto",
+    kernel: KernelName = "auto",
     layer: int = 0,
 ) -> Block:
     """The pre-norm recipe of ViT and its kin: attention, then an MLP of `mlp_ratio` times the width."""

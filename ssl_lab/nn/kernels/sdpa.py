@@ -1,6 +1,7 @@
 """torch's scaled_dot_product_attention: all backends, or one of them by name."""
 
 import contextlib
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssl_lab.nn.mask import AttnMask
 
-BACKENDS = {
+Backend = Literal["flash", "efficient", "cudnn", "math"]
+
+BACKENDS: dict[Backend, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -18,7 +21,7 @@ BACKENDS = {
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, backend: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, backend: Backend | None = None
 ) -> Tensor:
     """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); `backend` restricts torch's own choice."""
     L, S = q.shape[2], k.shape[2]
