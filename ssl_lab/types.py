@@ -39,13 +39,14 @@ class Encoded:
     """What every backbone gives back.
 
     `tokens` (B, L, D) are normed and without the prefix; `prefix` (B, P, D) holds class and register tokens (P may be
-    0); `valid` (B, L) marks real tokens; `hidden` holds the outputs (B, P + L, D) of the layers that were asked for.
+    0), the class token first if `has_cls`; `valid` (B, L) marks real tokens; `hidden` holds the outputs (B, P + L, D) of the layers that were asked for.
     """
 
     tokens: Tensor
     prefix: Tensor
     valid: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    has_cls: bool = True
 
     def pooled(self, how: Pooling | None = None) -> Tensor:
         """(B, D): class token, mean over valid tokens, or last valid token. None = cls if there is one, else mean."""

@@ -190,8 +190,18 @@ def test_pooling():
     torch.testing.assert_close(encoded.pooled("mean")[1], tokens[1, :2].mean(0))
     torch.testing.assert_close(encoded.pooled("last")[1], tokens[1, 1])
     assert torch.equal(encoded.pooled(), prefix[:, 0])
-    with pytest.raises(ValueError, match="class token"):
-        Encoded(tokens, prefix[:, :0]).pooled("cls")
+    registers = Encoded(tokens, prefix, valid, has_cls=False)
+    assert torch.equal(registers.pooled(), registers.pooled("mean"))
+    for bare in (registers, Encoded(tokens, prefix[:, :0])):
+        with pytest.raises(ValueError, match="class token"):
+            bare.pooled("cls")
+
+
+def test_registers_alone_are_no_class_token():
+    vit, image = tiny(num_registers=2, cls_token=False), torch.randn(2, 3, 32, 32)
+    encoded = vit(image, tokens=False)
+    torch.testing.assert_close(encoded.pooled(), encoded.tokens.mean(1))
+    assert encoded.tokens.shape == (2, 16, 32)
 
 
 def outputs(vit, image, **more):

@@ -45,6 +45,7 @@ class Timm(nn.Module):
         self.model = model
         self.dim: int = model.num_features
         self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)
+        self.has_cls = getattr(model, "cls_token", None) is not None
 
     def forward(
         self,
@@ -67,16 +68,16 @@ class Timm(nn.Module):
             raise UserError(f"timm's {self.arguments['name']} cannot {what}; use a ViT, e.g. backbone=vit_s16")
         if not layers:
             prefix, patches = self._split(self.model.forward_features(x))
-            return Encoded(patches, prefix)
+            return Encoded(patches, prefix, has_cls=self.has_cls)
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm's {self.arguments['name']} does not give intermediate layers (layers=)")
         depth = len(self.model.feature_info)
-        wanted = sorted({i % depth for i in layers})
+        wanted = sorted({i % depth for i in layers}, has_cls=self.has_cls)
         extra = {"return_prefix_tokens": True} if self.num_prefix else {}
         last, maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", **extra)
         found = dict(zip(wanted, (_joined(m) for m in maps), strict=True))
         prefix, patches = self._split(last)
-        return Encoded(patches, prefix, hidden={i: found[i % depth] for i in layers})
+        return Encoded(patches, prefix, hidden={i: found[i % depth] for i in layers}, has_cls=self.has_cls)
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix (B, P, D) and tokens (B, L, D) of what `forward_features` gives."""

@@ -101,7 +101,7 @@ class ViT(Transformer):
     ) -> Encoded:
         """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded.
 
-        `tokens=False` says that only the prefix is wanted: the last block then leaves the patches out.
+        `tokens=False` says that only the prefix is wanted: if there is a class token, the last block leaves the patches out.
         """
         patches, grid = self.patch_embed.patches(x)
         prefix_positions, positions = self._positions(grid)
@@ -110,11 +110,13 @@ class ViT(Transformer):
         embedded = self.patch_embed(patches) + positions
         prefix = [t.expand(len(x), -1, -1) for t in self._prefix(prefix_positions)]
         rows = None
-        if not tokens and self.num_prefix:
+        if not tokens and self.cls_token is not None:
             rows = torch.arange(self.num_prefix, device=x.device).expand(len(x), -1)
         out, hidden = self.encode(torch.cat([*prefix, embedded], 1), Context(mask=mask), layers, rows)
         out = self.norm(out)
-        return Encoded(out[:, self.num_prefix :], out[:, : self.num_prefix], hidden=hidden)
+        return Encoded(
+            out[:, self.num_prefix :], out[:, : self.num_prefix], hidden=hidden, has_cls=self.cls_token is not None
+        )
 
     def _prefix(self, positions: Tensor) -> list[Tensor]:
         tokens = [] if self.cls_token is None else [self.cls_token + positions]

@@ -93,8 +93,8 @@ def _backbone(method: nn.Module) -> nn.Module:
 def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
     backbone, head = _backbone(method), None
     if isinstance(method, Supervised) and isinstance(backbone, ViT):
-        pooling = method.pooling or ("cls" if backbone.num_prefix else "mean")
-        if pooling == "mean" or (pooling == "cls" and backbone.cls_token is not None):
+        pooling = method.pooling or ("cls" if backbone.cls_token is not None else "mean")
+        if pooling in ("mean", "cls"):
             head = (method.head, pooling)
     return export.to_timm(backbone, folder, stats=stats, head=head)
 

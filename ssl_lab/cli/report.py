@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
@@ -23,7 +22,7 @@ def heading(
     epochs = steps * samples / max(1, data.num_train)
     rate = method.optim.peak_lr(samples)
     lines = {
-        "method": f"{type(method).__name__}, {_parameters(method)}{_kernels(method)}",
+        "method": f"{type(method).__name__}, {_parameters(method)}",
         "data": f"{data.num_train:,} images, {len(data.classes)} classes",
         "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
         "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",
@@ -48,12 +47,6 @@ def _parameters(method: Method) -> str:
     count = sum(p.numel() for p in method.parameters())
     parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.3g}M" for name, part in method.named_children()]
     return f"{count / 1e6:.3g}M parameters ({', '.join(parts)})" if len(parts) > 1 else f"{count / 1e6:.3g}M parameters"
-
-
-def _kernels(method: Method) -> str:
-    """Attention kernels in use, where the method tells."""
-    tell: Any = getattr(method, "kernels", None)
-    return f", attention {tell()}" if callable(tell) else ""
 
 
 def _short(value: float | Schedule) -> str:

@@ -76,8 +76,8 @@ def layout(seed: int, index: Tensor, image_size: int) -> Layout:
     n, others, palette = len(index), NUM_OBJECTS - 1, torch.tensor(list(COLORS.values()))
 
     shape, texture = draw.choice(len(SHAPES), NUM_OBJECTS), draw.choice(len(TEXTURES), NUM_OBJECTS)
-    radius = torch.cat([draw(1, low=0.2, high=0.325), draw(others, low=0.085, high=0.13)], 1)
-    angle = draw(NUM_OBJECTS, high=2 * torch.pi)
+    radius = torch.cat([draw(1, low=0.25, high=0.38), draw(others, low=0.07, high=0.1)], 1)
+    angle = draw(NUM_OBJECTS, low=-0.35, high=0.35)  # upright enough for a heart to be one
     period, phase = draw(NUM_OBJECTS, low=0.13, high=0.2), draw(NUM_OBJECTS, high=2 * torch.pi)
     center, present = _place(draw, radius)
 
@@ -93,12 +93,12 @@ def layout(seed: int, index: Tensor, image_size: int) -> Layout:
 
     rgb = (palette[color] + draw(NUM_OBJECTS, 3, low=-0.07, high=0.07)).clamp(0, 1)
     dark = draw(NUM_OBJECTS, 1) < 0.5
-    tone = torch.where(dark, rgb * 0.4, rgb * 0.35 + 0.65)
+    tone = torch.where(dark, rgb * 0.65, rgb * 0.6 + 0.4)
     ground = draw.choice(len(BACKGROUNDS), 1)[:, 0]
     ground_wave = torch.cat([draw(1, high=2 * torch.pi), draw(1, low=2, high=6), draw(1, high=2 * torch.pi)], 1)
     field = draw(GRID, GRID)
-    light = torch.cat([draw(1, high=2 * torch.pi), draw(1, high=0.5), draw(1, low=0.75, high=1.1)], 1)
-    level = draw(1, high=0.12)[:, :, None, None]
+    light = torch.cat([draw(1, high=2 * torch.pi), draw(1, high=1.0), draw(1, low=0.5, high=1.1)], 1)
+    level = draw(1, high=0.05)[:, :, None, None]
     pixels = uniform(fold(seed, 1), index, 3 * image_size**2).float().reshape(n, 3, image_size, image_size)
     noise = pixels.mul_(2).sub_(1).mul_(level)
     return Layout(
@@ -120,5 +120,5 @@ def _place(draw: _Draws, radius: Tensor) -> tuple[Tensor, Tensor]:
         best = gap.argmax(1, keepdim=True)
         room = gap.gather(1, best) > -0.01
         center = torch.cat([center, places.gather(1, best[:, :, None].expand(-1, -1, 2))], 1)
-        present = torch.cat([present, room & (draw(1) < 0.7)], 1)
+        present = torch.cat([present, room & (draw(1) < 0.5)], 1)
     return center, present

@@ -26,9 +26,9 @@ def render(scene: Layout) -> Tensor:
 
 
 def _axes(center: Tensor, angle: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(N, 2) centres, (N,) angles -> the turned coordinates of the pixels, each (N, S, S), in image sides."""
+    """(N, 2) centres, (N,) angles -> the turned coordinates of the pixels, each (N, S, S), in image sides; v is up."""
     p = (torch.arange(size) + 0.5) / size
-    x, y = p - center[:, :1], p - center[:, 1:]  # (N, S) each
+    x, y = p - center[:, :1], center[:, 1:] - p  # (N, S) each; rows run down
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     u = (cos * x)[:, None, :] + (sin * y)[:, :, None]
     v = (cos * y)[:, :, None] - (sin * x)[:, None, :]
@@ -50,7 +50,7 @@ def _cover(scene: Layout, size: int) -> Tensor:
 
 
 def _inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
-    """Whether points lie in the shape of about unit radius around the origin; v points up."""
+    """Whether points lie in the shape of about unit radius around the origin."""
     if shape == "circle":
         return u * u + v * v < 0.9
     if shape == "ring":

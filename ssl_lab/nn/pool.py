@@ -9,15 +9,16 @@ from ssl_lab.types import Encoded, Pooling
 def pool(encoded: Encoded, how: Pooling | None = None) -> Tensor:
     """(B, D): the class token ("cls", the first prefix token), the mean over valid tokens, or the last valid token.
 
-    None means "cls" where there is a prefix, else "mean".
+    None means "cls" where there is a class token, else "mean".
 
     Raises:
-        ValueError: "cls" of a backbone without a prefix.
+        ValueError: "cls" of a backbone without a class token.
     """
     tokens, valid = encoded.tokens, encoded.valid
-    how = how or ("cls" if encoded.prefix.shape[1] else "mean")
+    has_cls = encoded.has_cls and encoded.prefix.shape[1] > 0
+    how = how or ("cls" if has_cls else "mean")
     if how == "cls":
-        if not encoded.prefix.shape[1]:
+        if not has_cls:
             raise ValueError("pooling='cls' needs a class token, and this backbone has none: use 'mean'")
         return encoded.prefix[:, 0]
     if valid is None:
