@@ -39,7 +39,8 @@ class Encoded:
     """What every backbone gives back.
 
     `tokens` (B, L, D) are normed and without the prefix; `prefix` (B, P, D) holds class and register tokens (P may be
-    0), the class token first if `has_cls`; `valid` (B, L) marks real tokens; `hidden` holds the outputs (B, P + L, D) of the layers that were asked for.
+    0), the class token first if `has_cls`; `valid` (B, L) marks real tokens;
+    `hidden` holds the outputs (B, P + L, D) of the layers that were asked for.
     """
 
     tokens: Tensor

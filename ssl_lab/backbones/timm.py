@@ -72,7 +72,7 @@ class Timm(nn.Module):
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm's {self.arguments['name']} does not give intermediate layers (layers=)")
         depth = len(self.model.feature_info)
-        wanted = sorted({i % depth for i in layers}, has_cls=self.has_cls)
+        wanted = sorted({i % depth for i in layers})
         extra = {"return_prefix_tokens": True} if self.num_prefix else {}
         last, maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", **extra)
         found = dict(zip(wanted, (_joined(m) for m in maps), strict=True))

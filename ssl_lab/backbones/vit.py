@@ -101,7 +101,7 @@ class ViT(Transformer):
     ) -> Encoded:
         """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded.
 
-        `tokens=False` says that only the prefix is wanted: if there is a class token, the last block leaves the patches out.
+        `tokens=False` says that only the prefix is wanted: with a class token, the last block leaves the patches out.
         """
         patches, grid = self.patch_embed.patches(x)
         prefix_positions, positions = self._positions(grid)
