@@ -1,8 +1,8 @@
 """The embedded world: scenes of shapes, generated from their index, so that everything can be tried without a download.
 
 A scene has one large object on a background, up to three small distractors, lighting and noise. The target is the
-shape of the large object; colour, texture, size, turn, place and background are independent of it, so raw pixels say
-little about it while a network that sees structure finds it easily. The same scene comes with captions and questions.
+shape of the large object; colour, texture, size, turn, place and background are independent of it, so that a linear map
+of raw pixels hardly does better than chance. The same scene comes with captions and questions.
 """
 
 import logging
