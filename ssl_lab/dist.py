@@ -48,6 +48,27 @@ def gather(x: Tensor, *, grad: bool = True) -> Tensor:
     return _Gather.apply(x) if grad else _all_gather(x.detach())
 
 
+class _Sum(torch.autograd.Function):
+    """All-reduce whose backward sums the gradients of every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        td.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        td.all_reduce(grad)
+        return grad
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks; the gradient of every rank's use of it flows back."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of `x` over ranks, without gradient."""
     if world_size() == 1:
