@@ -3,21 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from ssl_lab.evals.base import Round, accuracy
+from ssl_lab.evals.base import Common, Round, accuracy
 from ssl_lab.types import Classifies
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of test images that the method's own classifier gets right.
+class Accuracy(Common):
+    """Share of test images that the method's own classifier gets right."""
 
-    Args:
-        limit: use so many rows of the split only.
-        every: training steps between two runs, 0 = only at the end.
-    """
-
-    limit: int | None = None
-    every: int = 0
     needs: ClassVar[type] = Classifies
 
     @property

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from ssl_lab import dist
 from ssl_lab.errors import UserError
+from ssl_lab.evals.features import Features, gather_rows, unique_rows
 from ssl_lab.types import Batch
 
 Split = Literal["train", "test"]
@@ -70,17 +70,27 @@ class Evaluator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Features `x` (N, D) float32, classes `y` (N,) int64 (-1 = unlabelled), rows `index` (N,) int64, ascending."""
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every evaluator can be told.
 
-    x: Tensor
-    y: Tensor
-    index: Tensor
+    Args:
+        limit: use so many rows of each split, evenly spread; None = all.
+        every: training steps between two runs, 0 = only at the end.
+    """
 
-    def to(self, device: torch.device) -> "Features":
-        """The same on another device."""
-        return Features(self.x.to(device), self.y.to(device), self.index.to(device))
+    limit: int | None = None
+    every: int = 0
+
+
+class Watch:
+    """Told what a round is doing; this one keeps it to itself."""
+
+    def begin(self, evaluator: str) -> None:
+        """An evaluator starts."""
+
+    def rows(self, split: Split, done: int, limit: int | None) -> None:
+        """So many rows of a split (of `limit` of its rows) have gone through the network on this rank."""
 
 
 class Round:
@@ -91,11 +101,15 @@ class Round:
         data: where the splits come from.
         precision: makes the autocast context of a forward pass. It is entered afresh for each batch and does not
             cover the evaluators' own arithmetic, which stays in float32.
+        watch: told how far the extraction is.
     """
 
-    def __init__(self, method: nn.Module, data: Data, precision: Precision = nullcontext) -> None:
-        self.method, self.data, self.precision = method, data, precision
+    def __init__(
+        self, method: nn.Module, data: Data, precision: Precision = nullcontext, watch: Watch | None = None
+    ) -> None:
+        self.method, self.data, self.precision, self.watch = method, data, precision, watch or Watch()
         self.samples: dict[str, int] = {}  # rows handed out per split; the runner clears it between evaluators
+        self.notes: list[str] = []  # what an evaluator left out, and why; the runner says and clears it
         self._cache: dict[tuple[Split, int | None], Features] = {}
 
     @property
@@ -118,6 +132,10 @@ class Round:
         self.samples[split] = len(found.y)
         return found
 
+    def at_hand(self, split: Split, limit: int) -> Features:
+        """Features of the whole split if somebody asked for them before, else of `limit` of its rows."""
+        return self.features(split) if (split, None) in self._cache else self.features(split, limit)
+
     def labelled(self, split: Split, limit: int | None = None) -> Features:
         """The rows of `features` that have a class, on the method's device.
 
@@ -132,7 +150,7 @@ class Round:
         if not rows.any():
             raise Skip(f"the {split} split has no labels")
         self.samples[split] = int(rows.sum())
-        return features if rows.all() else Features(features.x[rows], features.y[rows], features.index[rows])
+        return features if rows.all() else features.at(rows)
 
     def extract(self, forward: Callable[[Batch], Tensor], split: Split, limit: int | None = None) -> Features:
         """Run `forward` (batch -> (B, D)) over a split without gradient; not cached.
@@ -141,11 +159,13 @@ class Round:
             UserError: the split is empty, or a feature is not finite.
         """
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        done = 0
         with torch.no_grad():
             for batch in self.data.eval_loader(split, limit):
                 with self.precision():
                     x = forward(moved(batch, self.device, self.dtype))
                 parts.append((x.float().cpu(), batch["target"].cpu(), batch["index"].cpu()))
+                self.watch.rows(split, done := done + len(x), limit)
         if not any(len(y) for _, y, _ in parts):
             raise UserError(f"the {split} split is empty: nothing to evaluate; check data and limit={limit}")
         x, y, index = (gather_rows(torch.cat(part), self.device) for part in zip(*parts, strict=True))
@@ -171,30 +191,6 @@ def moved(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) 
     return {key: move(value) for key, value in batch.items()}  # type: ignore[return-value]
 
 
-def gather_rows(x: Tensor, device: torch.device) -> Tensor:
-    """(N, ...) of this rank -> the rows of all ranks, on the CPU. Ranks may hold different numbers of rows.
-
-    `device` is the one that the process group can communicate on.
-    """
-    if dist.world_size() == 1:
-        return x
-    counts = dist.gather(torch.tensor([len(x)], device=device), grad=False).tolist()
-    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=device)
-    padded[: len(x)] = x.to(device)
-    parts = torch.split(dist.gather(padded, grad=False).cpu(), max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def unique_rows(x: Tensor, y: Tensor, index: Tensor) -> Features:
-    """Sort by `index` and keep one of each: samplers repeat rows to give every rank the same number of batches."""
-    order = index.argsort(stable=True)
-    ordered = index[order]
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    keep = order[first]
-    return Features(x[keep], y[keep], index[keep])
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode within; afterwards every submodule is back in the mode it was in (a teacher stays in eval mode)."""
@@ -215,11 +211,6 @@ def accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:
         for k in (1, 5)
         if k == 1 or k < C
     }
-
-
-def num_classes(*parts: Features) -> int:
-    """One more than the largest class among them, at least 2."""
-    return max(2, 1 + max(int(part.y.max()) for part in parts))
 
 
 def require(evaluators: Mapping[str, Evaluator], method: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_lab import dist
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Round, Skip, accuracy, moved
+from ssl_lab.evals.base import Common, Round, Skip, accuracy, moved
 from ssl_lab.rng import fold
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch, Embeds, Encoded, Pooling
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Common):
     """Train a copy of `method.encoder` and a linear head on the augmented, labelled training stream.
 
     The method itself is left as it is. For mixup and longer recipes train the `supervised` method instead.
@@ -46,8 +46,6 @@ class Finetune:
         pooling: what the head sees; None = class token if there is one, else the mean.
         label_smoothing: share of the target spread over all classes.
         seed: of drop-path and other randomness in the encoder.
-        limit: test on so many rows, evenly spread; None = all.
-        every: training steps between two runs, 0 = only at the end.
     """
 
     optim: Optim
@@ -55,8 +53,6 @@ class Finetune:
     pooling: Pooling | None = "mean"
     label_smoothing: float = 0.1
     seed: int = 0
-    limit: int | None = None
-    every: int = 0
     needs: ClassVar[type] = Embeds
 
     @property

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lab.evals.base import Round, accuracy, num_classes
+from ssl_lab.evals.base import Common, Round, accuracy
+from ssl_lab.evals.features import num_classes
 from ssl_lab.types import Embeds
 
 _CELLS = 1 << 25  # similarities held at a time: 128 MiB
 
 
 @dataclass(frozen=True)
-class KNN:
+class KNN(Common):
     """Cosine neighbours in the training split vote with weight exp(similarity / temperature).
 
     Wu et al., 2018 (arXiv:1805.01978), with the settings of DINO (arXiv:2104.14294).
@@ -22,14 +23,10 @@ class KNN:
     Args:
         k: neighbours that vote; all of them if the bank is smaller.
         temperature: of the vote.
-        limit: use so many rows of each split, evenly spread; None = all.
-        every: training steps between two runs, 0 = only at the end.
     """
 
     k: int = 20
     temperature: float = 0.07
-    limit: int | None = None
-    every: int = 0
     needs: ClassVar[type] = Embeds
 
     @property

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lab.evals.base import Round, Skip, accuracy, num_classes
+from ssl_lab.evals.base import Common, Round, Skip, accuracy
+from ssl_lab.evals.features import num_classes
 from ssl_lab.schedules import Cosine
 from ssl_lab.types import Embeds
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Common):
     """Softmax regression by AdamW; the rate is chosen without the test split.
 
     Heads for all rates see the same batches in one pass. They are first trained without a held-out share of the
@@ -30,8 +31,6 @@ class Linear:
             batch norm before MAE's probe (arXiv:2111.06377).
         held_out: share of the training rows that chooses the rate.
         seed: of the order of rows and of the held-out choice.
-        limit: use so many rows of each split, evenly spread; None = all.
-        every: training steps between two runs, 0 = only at the end.
     """
 
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
@@ -41,8 +40,6 @@ class Linear:
     standardize: bool = True
     held_out: float = 0.1
     seed: int = 0
-    limit: int | None = None
-    every: int = 0
     needs: ClassVar[type] = Embeds
 
     @property
