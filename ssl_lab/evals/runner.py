@@ -35,16 +35,30 @@ def run_all(
         step: optimizer steps that the weights have seen.
         subject: whose features these are: "trained", "random encoder", "raw pixels", ...
         precision: autocast context of the forward passes, e.g. `trainer.precision_plugin.forward_context`.
-        say: gets a line for every evaluator that was skipped, on rank 0.
+        say: gets a line for every evaluator that was skipped or left something out, on rank 0.
 
     Raises:
         UserError: the method lacks a capability, a split is empty, or features are not finite.
     """
-    require(evaluators, method)
-    round, rows = Round(method, data, precision), list[Row]()
-    with evaluating(method), torch.random.fork_rng(devices=[]):
+    round = Round(method, data, precision)
+    return run_round(evaluators, round, step=step, subject=subject, say=say)
+
+
+def run_round(
+    evaluators: Mapping[str, Evaluator],
+    round: Round,
+    *,
+    step: int = 0,
+    subject: str = "trained",
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """The same in a round that the caller made, whose features are then at hand for more."""
+    require(evaluators, round.method)
+    rows = list[Row]()
+    with evaluating(round.method), torch.random.fork_rng(devices=[]):
         for name, evaluator in evaluators.items():
-            round.samples = {}
+            round.samples, round.notes = {}, []
+            round.watch.begin(name)
             start = time.perf_counter()
             try:
                 values = evaluator.run(round)
@@ -52,6 +66,8 @@ def run_all(
                 if dist.rank() == 0:
                     say(f"evaluator {name} skipped: {reason}")
                 continue
+            for note in round.notes if dist.rank() == 0 else ():
+                say(f"evaluator {name}: {note}")
             seconds = round_to(time.perf_counter() - start)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             rows += [
