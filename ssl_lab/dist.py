@@ -69,6 +69,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Sum.apply(x)
 
 
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Largest `x` over ranks, elementwise, without gradient."""
+    x = x.detach()
+    if world_size() > 1:
+        x = x.clone()
+        td.all_reduce(x, td.ReduceOp.MAX)
+    return x
+
+
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of `x` over ranks, without gradient."""
     if world_size() == 1:
@@ -76,6 +85,15 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     x = x.detach().clone()
     td.all_reduce(x)
     return x / world_size()
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's `x` on every rank, without gradient. It must lie where the ranks talk: on the GPU with NCCL."""
+    x = x.detach()
+    if world_size() > 1:
+        x = x.clone()
+        td.broadcast(x, 0)
+    return x
 
 
 def barrier() -> None:
