@@ -45,10 +45,23 @@ def feature_maps(encoder: nn.Module, image: Tensor) -> Tensor:
         UserError: the tokens form no grid of the image's shape.
     """
     encoded: Encoded = encoder(image)
-    (H, W), N = image.shape[-2:], encoded.tokens.shape[1]
-    rows = round(math.sqrt(N * H / W))
-    if not rows or N % rows or H % rows or W % (N // rows):
-        raise UserError(f"{N} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}: no feature map")
+    rows, columns = grid_of(encoder, encoded.tokens.shape[1], image)
     tokens = encoded.tokens.float()
-    colours = pca_map(tokens - tokens.mean(0) if len(tokens) > 1 else tokens, rows, N // rows)
-    return colours.repeat_interleave(H // rows, 2).repeat_interleave(W // (N // rows), 3)
+    colours = pca_map(tokens - tokens.mean(0) if len(tokens) > 1 else tokens, rows, columns)
+    H, W = image.shape[-2:]
+    return colours.repeat_interleave(H // rows, 2).repeat_interleave(W // columns, 3)
+
+
+def grid_of(encoder: nn.Module, tokens: int, image: Tensor) -> tuple[int, int]:
+    """Rows and columns of so many patches of an encoder on images (..., H, W), patches as high as wide.
+
+    Raises:
+        UserError: they form no grid of the image's shape.
+    """
+    H, W = image.shape[-2:]
+    rows = round(math.sqrt(tokens * H / W))
+    if not rows or tokens % rows or H % rows or W % (tokens // rows):
+        raise UserError(
+            f"{tokens} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}: no feature map"
+        )
+    return rows, tokens // rows
