@@ -60,6 +60,17 @@ class Warmup:
         return self.then((progress - self.until) / (1.0 - self.until) if self.until < 1.0 else 1.0)
 
 
+@dataclass(frozen=True)
+class Stairs:
+    """`schedule` held constant within each of `steps` equal parts of training, as recipes do that change per epoch."""
+
+    schedule: Schedule
+    steps: int
+
+    def __call__(self, progress: float) -> float:
+        return self.schedule(math.floor(progress * self.steps + 1e-9) / self.steps)
+
+
 def as_schedule(value: "float | Schedule") -> Schedule:
     """A number becomes a `Constant`; a schedule stays as it is."""
     return value if callable(value) else Constant(float(value))

@@ -17,7 +17,8 @@ from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch, Embeds
 
 METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").glob("*.yaml"))
-SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32}
+# A gain of 1e-5 opens over thousands of steps; these tests have dozens.
+SMALL = {"layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32}
 
 
 def shrink(node: Any) -> Any:
@@ -51,7 +52,7 @@ def method(request) -> Method:
     return build(request.param)
 
 
-def run(method: Method, steps: int, lr: float = 3e-3) -> list[float]:
+def run(method: Method, steps: int, lr: float = 3e-3, *, teacher_moves: bool = True) -> list[float]:
     optim = Optim(lr=lr, warmup=0.1)
     optimizer, losses = optim.build(method.param_groups(), 8), []
     method.train()
@@ -60,9 +61,11 @@ def run(method: Method, steps: int, lr: float = 3e-3) -> list[float]:
         step = method.step(batch(), i / steps)
         optimizer.zero_grad()
         step.loss.backward()
+        method.after_backward(i / steps)
         optim.update(optimizer, (i + 1) / (steps + 1))
         optimizer.step()
-        method.after_step(i / steps)
+        if teacher_moves:
+            method.after_step(i / steps)
         losses.append(step.loss.item())
     return losses
 
@@ -95,7 +98,8 @@ def test_a_step_is_a_function_of_its_seed(method):
 
 
 def test_the_loss_falls_on_eight_samples(method):
-    losses = run(method, 60)
+    # A teacher that moves takes the aim along, and its own entropy is part of the loss: hold it still.
+    losses = run(method, 60, teacher_moves=False)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
@@ -111,6 +115,7 @@ def test_embeddings_do_not_collapse(method):
 
 def test_it_is_made_of_blocks_and_bf16_autocast_gives_nearly_the_same(method):
     assert any(isinstance(m, Block) for m in method.modules())
+    run(method, 20)  # at the beginning class tokens are nearly alike, and batch norms magnify what is left
     seed_all(0)
     exact = method.step(batch(), 0.5).loss
     seed_all(0)

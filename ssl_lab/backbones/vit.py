@@ -98,16 +98,22 @@ class ViT(Transformer):
         mask: AttnMask = FULL,
         layers: Sequence[int] = (),
         tokens: bool = True,
+        masked: tuple[Tensor, Tensor] | None = None,
     ) -> Encoded:
         """Encode (B, C, H, W); with `keep` (B, K) only those patches are projected and encoded.
 
         `tokens=False` says that only the prefix is wanted: with a class token, the last block leaves the patches out.
+        `masked` (bool (B, N), token (D,)) puts the token in the place of the patches that are marked (BEiT, iBOT).
         """
         patches, grid = self.patch_embed.patches(x)
         prefix_positions, positions = self._positions(grid)
         if keep is not None:
             patches, positions = take(patches, keep), F.embedding(keep, positions[0])
-        embedded = self.patch_embed(patches) + positions
+        embedded = self.patch_embed(patches)
+        if masked is not None:
+            hidden_patches, token = masked
+            embedded = torch.where(hidden_patches[..., None], token.to(embedded.dtype), embedded)
+        embedded = embedded + positions
         prefix = [t.expand(len(x), -1, -1) for t in self._prefix(prefix_positions)]
         rows = None
         if not tokens and self.cls_token is not None:

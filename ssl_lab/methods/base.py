@@ -15,7 +15,7 @@ from ssl_lab.types import Batch, Step
 
 
 class Method(L.LightningModule):
-    """A network and its objective. Subclasses write `step`, and where needed `after_step` and `param_groups`.
+    """A network and its objective. Subclasses write `step`, some `after_backward`, `after_step` or `param_groups`.
 
     They override no other hook, never log and never touch the trainer, so a method is tested with
     `method.step(batch, 0.5).loss.backward()` and trained with `L.Trainer(max_steps=...).fit(method, data)`.
@@ -35,6 +35,9 @@ class Method(L.LightningModule):
     def step(self, batch: Batch, progress: float) -> Step:
         """Loss of one batch at `progress` in [0, 1] through training."""
         raise TypeError(f"{type(self).__name__} must define step(batch, progress)")
+
+    def after_backward(self, progress: float) -> None:
+        """Called once per optimizer step when the gradient is complete, before clipping: to change or drop some."""
 
     def after_step(self, progress: float) -> None:
         """Called once per optimizer step: a teacher's update, a clamp."""
@@ -68,6 +71,12 @@ class Method(L.LightningModule):
             logs = {"train/loss": step.loss.detach(), **{f"train/{k}": v for k, v in step.logs.items()}}
             self.log_dict(logs, sync_dist=dist.world_size() > 1)
         return step.loss
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        self.after_backward(self.progress)  # a loss scaler has been taken out by now
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         progress = self.progress

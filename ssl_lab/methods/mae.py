@@ -14,6 +14,7 @@ from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
 from ssl_lab.nn.embed import patchify, sincos_2d, unpatchify
 from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.masking import put_back, random_mask, take
+from ssl_lab.nn.pool import features
 from ssl_lab.types import Batch, Pooling, Step
 
 
@@ -123,7 +124,7 @@ class MAE(Method):
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of the whole image."""
-        return self.encoder(batch["image"]).pooled(self.pooling)
+        return features(self.encoder, batch["image"], self.pooling)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:

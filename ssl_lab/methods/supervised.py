@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.linear import Linear
+from ssl_lab.nn.pool import features
 from ssl_lab.types import Backbone, Batch, Pooling, Step
 
 
@@ -68,8 +69,7 @@ class Supervised(Method):
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features that the head sees."""
-        tokens = self.pooling in ("mean", "last")  # else the class token, where there is one
-        return self.encoder(batch["image"], tokens=tokens).pooled(self.pooling)
+        return features(self.encoder, batch["image"], self.pooling)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """What sits on an encoder while it is trained, and is thrown away after: projectors, predictors, prototypes."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,7 +28,7 @@ def mlp_head(
         act: makes the activation between two layers.
     """
     layers: list[nn.Module] = []
-    for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):
+    for wide, narrow in itertools.pairwise(dims[:-1]):
         layers += [Linear(wide, narrow, bias=not norm), *([BatchNorm(narrow)] if norm else []), act()]
     layers.append(Linear(dims[-2], dims[-1], bias=last_norm == "none" and not (norm and len(dims) > 2)))
     if last_norm != "none":

@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
-from ssl_lab.types import Encoded, Pooling
+from ssl_lab.types import Backbone, Encoded, Pooling
+
+
+def features(encoder: Backbone, x: Tensor, how: Pooling | None = None) -> Tensor:
+    """Input -> (B, D) pooled output of `encoder`; what the pooling does not read is not computed where it can be left.
+
+    Args:
+        encoder: any backbone.
+        x: its input, e.g. images (B, C, H, W).
+        how: see `pool`.
+    """
+    return encoder(x, tokens=how in ("mean", "last")).pooled(how)
 
 
 def pool(encoded: Encoded, how: Pooling | None = None) -> Tensor:

@@ -1,13 +1,16 @@
 """A network that follows another one as an exponential moving average: teacher, momentum encoder, target encoder."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def follower[M: nn.Module](student: M) -> M:
+def follower(student: M) -> M:
     """A copy of `student` that takes no gradient and drops no path; it stays in train mode, for batch statistics.
 
     Registering it in a method puts it into every checkpoint.
@@ -26,7 +29,8 @@ def follow_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     DINO (arXiv:2104.14294), MoCo (arXiv:1911.05722, eq. 2) and I-JEPA (arXiv:2301.08243) average in this way.
     """
     pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad]
-    mine, theirs = [t for t, _ in pairs], [s.detach() for _, s in pairs]
+    mine: list[Tensor] = [t for t, _ in pairs]
+    theirs: list[Tensor] = [s.detach() for _, s in pairs]
     torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
 
 

@@ -118,3 +118,12 @@ def _layer(name: str, depth: int) -> int:
         return block + 1
     stem = ("patch_embed", "pos_embed", "cls_token", "registers", "token_embed")
     return 0 if any(part in stem for part in name.split(".")) else depth + 1
+
+
+@torch.no_grad()
+def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale the gradient of every tensor whose own norm is above `max_norm` down to it, as DINO clips."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads:
+        norms = torch.stack(torch._foreach_norm(grads))
+        torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
