@@ -6,13 +6,16 @@ the same sample looks the same in a worker, in the main process and on the train
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
+from ssl_lab.data.blur import blur
+from ssl_lab.data.colour import grey, hue_place, jitter_, solarize
+from ssl_lab.data.draws import BOX_DRAWS, Draws, View, boxes, check_range, draw
 from ssl_lab.data.resample import resample
 from ssl_lab.errors import UserError
 from ssl_lab.rng import uniform
@@ -27,7 +30,7 @@ STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] 
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 _SMALL = 64  # up to this side the matrix products of a batch beat one resize per image on a CPU
-_TRIES = 10  # torchvision's number of draws before a crop falls back to the centre
+_CHUNK = 1 << 18  # values done at once on a CPU, so that a chunk stays in its cache
 
 
 class Views(Protocol):
@@ -56,26 +59,64 @@ class Crop:
         stats: str = "imagenet",
     ):
         self.size, self.scale, self.ratio, self.hflip = size, tuple(scale), tuple(ratio), hflip
-        self.interpolation: Interpolation = interpolation
-        self.stats = check_stats(stats)
+        check_range("scale", scale, 0, 1)
+        check_range("ratio", ratio, 0)
+        self.interpolation, self.stats = check_interpolation(interpolation), check_stats(stats)
 
     def __call__(self, images: Images, position: Tensor, seed: int) -> Batch:
-        u = uniform(seed, position, 2 * _TRIES + 3)
+        u = uniform(seed, position.cpu(), BOX_DRAWS + 1)
         flip = u[:, -1] < self.hflip
-        if isinstance(images, Tensor) and (images.is_cuda or max(self.size, *images.shape[-2:]) <= _SMALL):
-            height, width = (flip.new_full(flip.shape, n, dtype=torch.int64) for n in images.shape[-2:])
-            box = boxes(u, height, width, self.scale, self.ratio)
-            out = resample(images, box, flip, self.size, self.interpolation)
-        else:
-            sides = torch.tensor([x.shape[-2:] for x in images])
-            rows = boxes(u, sides[:, 0], sides[:, 1], self.scale, self.ratio).tolist()
-            out = torch.stack([self._one(*x) for x in zip(images, rows, flip.tolist(), strict=True)])
-        return {"image": normalize_(out.float(), self.stats)}
+        box = boxes(u, *sides(images), self.scale, self.ratio)
+        return {"image": normalize_(crop(images, box, flip, self.size, self.interpolation), self.stats)}
 
-    def _one(self, image: Tensor, box: list[int], flip: bool) -> Tensor:
-        mode = InterpolationMode(self.interpolation)
-        out: Tensor = F.resized_crop(image, *box, [self.size, self.size], interpolation=mode, antialias=True)
-        return out.flip(-1) if flip else out
+
+class MultiView:
+    """Several random views of each image -> `views`, V x (B, 3, size_v, size_v) float32, in the order of the arguments.
+
+    `size` is the side in pixels of a view whose own size is 1; smaller shares of it are rounded to a multiple of
+    `multiple_of`, for the patches. Every further argument is a `View`, under a name of your choice; those with the
+    largest size (the global views) must come first.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        multiple_of: int = 16,
+        interpolation: Interpolation = "bicubic",
+        stats: str = "imagenet",
+        **views: View,
+    ):
+        self.interpolation, self.stats = check_interpolation(interpolation), check_stats(stats)
+        for name, view in views.items():
+            if not isinstance(view, View):
+                raise UserError(f"{name} is no View: beside size, multiple_of, interpolation and stats all are views")
+        self.views = [view for view in views.values() for _ in range(view.count)]
+        self.sizes = [view.side(size, multiple_of) for view in self.views]
+        if not self.sizes:
+            raise UserError("there are no views: set the count of at least one to 1 or more")
+        if self.sizes != sorted(self.sizes, reverse=True):
+            raise UserError(f"views have the sizes {self.sizes}: name those with the largest size first")
+
+    def __call__(self, images: Images, position: Tensor, seed: int) -> Batch:
+        """Images are uint8, or float32 in 0..255."""
+        place, (height, width) = position.cpu(), sides(images)
+        draws = [draw(view, seed, number, place, height, width) for number, view in enumerate(self.views)]
+        return {"views": [self._view(images, *which) for which in zip(self.views, draws, self.sizes, strict=True)]}
+
+    def _view(self, images: Images, view: View, draws: Draws, size: int) -> Tensor:
+        rows = torch.argsort(torch.where(draws.jitter, hue_place(draws.order), 4), stable=True)
+        out = torch.empty((len(rows), 3, size, size), device=images[0].device)
+        chunk = max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(rows)
+        for part in rows.split(chunk):
+            drawn = draws.take(part)
+            if isinstance(images, Tensor):
+                some: Images = images[part.to(images.device)]
+            else:
+                some = [images[row] for row in part.tolist()]
+            x = crop(some, drawn.box, drawn.flip, size, self.interpolation)
+            out[part.to(out.device)] = normalize_(recolour(x, drawn, view.radius(size)), self.stats)
+        return out
 
 
 class Resize:
@@ -90,7 +131,7 @@ class Resize:
         stats: str = "imagenet",
     ):
         self.size, self.resize, self.stats = size, math.floor(size / crop_pct), check_stats(stats)
-        self.mode = InterpolationMode(interpolation)
+        self.mode = InterpolationMode(check_interpolation(interpolation))
 
     def __call__(self, images: Images, position: Tensor, seed: int) -> Batch:
         """`position` and `seed` are not needed: nothing is drawn."""
@@ -103,25 +144,54 @@ class Resize:
         return out
 
 
-def boxes(u: Tensor, height: Tensor, width: Tensor, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
-    """(B, >= 22) uniform draws, (B,) int64 image sides -> (B, 4) int64 crops: top, left, height, width.
+def sides(images: Images) -> tuple[Tensor, Tensor]:
+    """(B,) int64 heights and widths, on the CPU."""
+    rows = [images.shape[-2:]] * len(images) if isinstance(images, Tensor) else [x.shape[-2:] for x in images]
+    height, width = torch.tensor(rows).unbind(1)
+    return height, width
 
-    As torchvision draws them: the first of ten candidates that fits into the image, else the largest centred crop
-    within `ratio`.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :_TRIES])
-    aspect = torch.exp(low + (high - low) * u[:, _TRIES : 2 * _TRIES])
-    w, h = torch.sqrt(area * aspect).round().long(), torch.sqrt(area / aspect).round().long()
-    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, found = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    top = (u[:, 2 * _TRIES] * (height - h + 1)).long()
-    left = (u[:, 2 * _TRIES + 1] * (width - w + 1)).long()
-    full_h = torch.minimum(height, (width / ratio[0]).round().long())
-    full_w = torch.minimum(width, (height * ratio[1]).round().long())
-    centred = torch.stack([(height - full_h) // 2, (width - full_w) // 2, full_h, full_w], 1)
-    return torch.where(found[:, None], torch.stack([top, left, h, w], 1), centred)
+
+def crop(images: Images, box: Tensor, flip: Tensor, size: int, interpolation: Interpolation) -> Tensor:
+    """Images, (B, 4) boxes and (B,) flips on the CPU -> (B, 3, size, size) float32 in 0..255, free to be changed."""
+    if isinstance(images, Tensor) and (images.is_cuda or max(size, *images.shape[-2:]) <= _SMALL):
+        return resample(images, box.to(images.device), flip.to(images.device), size, interpolation)
+    out = torch.empty((len(images), 3, size, size), device=images[0].device)
+    mode = InterpolationMode(interpolation)
+    for row, (image, where, flipped) in enumerate(zip(images, box.tolist(), flip.tolist(), strict=True)):
+        one = F.resized_crop(image, *where, [size, size], interpolation=mode, antialias=True)
+        out[row] = one.flip(-1) if flipped else one
+    return out if images[0].dtype == torch.uint8 or interpolation != "bicubic" else out.clamp_(0, 255)
+
+
+def recolour(x: Tensor, draws: Draws, radius: int) -> Tensor:
+    """Jitter, grey, blur and solarise the samples of (B, 3, H, W) that drew it; jittered ones lie at the front."""
+    count = int(draws.jitter.sum())
+    jitter_(x[:count], draws.order[:count], draws.factors[:count])
+    for chosen, change in ((draws.grey, _grey), (draws.blur, _blur), (draws.solarize, _solarize)):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows):
+            where = rows.to(x.device)
+            x[where] = change(x[where], draws.sigma[rows], radius)
+    return x
+
+
+def _grey(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    return grey(x).expand_as(x)
+
+
+def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    return blur(x, sigma, radius)
+
+
+def _solarize(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    return solarize(x)
+
+
+def check_interpolation(name: Interpolation) -> Interpolation:
+    """`name`, if it is known; else a `UserError` that says which are."""
+    if name not in get_args(Interpolation):
+        raise UserError(f"interpolation is {name!r}: set it to one of {', '.join(get_args(Interpolation))}")
+    return name
 
 
 def check_stats(name: str) -> str:
