@@ -131,9 +131,10 @@ def koleo(x: Tensor) -> Tensor:
         return -(distance + 1e-8).log().mean()
 
 
+@torch.no_grad()
 def entropy(assignments: Tensor) -> Tensor:
-    """Mean entropy in nats of assignments (..., K), scalar: log K when all are alike, 0 when each picks one."""
-    return -torch.special.xlogy(assignments, assignments).sum(-1).mean()
+    """Nats, (..., K) assignments -> (...): log K when all prototypes are alike, 0 when one has all."""
+    return -torch.special.xlogy(assignments, assignments).sum(-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -70,7 +70,13 @@ class DINO(Method):
                 self.center.collect(logits)
         student = self.student_head(self._encode(self.student, views)).chunk(len(views))
         loss = cross_views(student, targets.unflatten(0, (T, -1)), self.student_temperature)
-        return Step(loss, {"teacher_entropy": entropy(targets), "teacher_temperature": temperature})
+        floor = entropy(targets).mean()  # what is left of the loss when the student agrees in all
+        logs: dict[str, Tensor | float] = {
+            "kl": loss.detach() - floor,
+            "teacher_entropy": floor,
+            "teacher_temperature": temperature,
+        }
+        return Step(loss, logs)
 
     def after_backward(self, progress: float) -> None:
         if self.clip is not None:

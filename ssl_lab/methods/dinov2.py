@@ -103,16 +103,18 @@ class DINOv2(Method):
         logits = self.student_head(torch.cat(classes)).chunk(len(views))
         dino = cross_views(logits, image_targets.unflatten(0, (T, -1)), self.student_temperature)
         # Each masked image counts alike however many of its patches are hidden; the mean is over all images.
-        weight = (1 / masked.sum(1).clamp(min=1) / len(masked)).repeat_interleave(masked.sum(1))
+        hidden_counts = masked.sum(1)
+        weight = (1 / (hidden_counts.clamp(min=1) * len(masked))).repeat_interleave(hidden_counts)
         patches = seen.tokens.flatten(0, 1).index_select(0, rows)
         predicted = (self.student_patch_head or self.student_head)(patches)
-        ibot = cross_entropy(predicted, patch_targets, weight.to(patch_targets.dtype), self.student_temperature)
-        logs: dict[str, Tensor | float] = {"dino": dino.detach(), "ibot": ibot.detach()}
-        loss = dino + ibot
+        ibot = cross_entropy(predicted, patch_targets, weight, self.student_temperature)
+        loss, uncertainty = dino + ibot, entropy(image_targets).mean()
+        floor = uncertainty + (weight * entropy(patch_targets)).sum()  # left when the student agrees in all
+        logs: dict[str, Tensor | float] = {"kl": loss.detach() - floor, "dino": dino.detach(), "ibot": ibot.detach()}
         if self.koleo_weight:
             crowding = torch.stack([koleo(part) for part in classes[0].chunk(T)]).sum()
             loss, logs["koleo"] = loss + self.koleo_weight * crowding, crowding.detach()
-        logs |= {"teacher_entropy": entropy(image_targets), "teacher_temperature": temperature}
+        logs |= {"teacher_entropy": uncertainty, "teacher_temperature": temperature}
         return Step(loss, logs)
 
     def after_backward(self, progress: float) -> None:
