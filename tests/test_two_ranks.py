@@ -1,0 +1,125 @@
+"""Every method: two gloo processes, half the batch each, compute the loss and every gradient of one with all of it."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from test_methods import METHODS, SMALL, build
+from timm.layers import DropPath
+from torch import nn
+from training import _processes
+
+from ssl_lab.methods.base import Method
+from ssl_lab.types import Batch
+
+SIZE, STEPS = 8, 2
+EXACT = {"supervised": {"mixup": None}}  # timm's Mixup pairs the samples of one rank
+
+
+def made(name: str) -> Method:
+    method = build(name).double()
+    for attribute, value in EXACT.get(name, {}).items():
+        setattr(method, attribute, value)
+    for module in method.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0  # its draws belong to the rank
+    generator = torch.Generator().manual_seed(1)
+    for parameter in method.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.add_(0.1 * noise)
+    return method.train()
+
+
+def joined() -> Batch:
+    g = torch.Generator().manual_seed(2)
+    images = [torch.randn(SIZE, 3, SMALL["size"], SMALL["size"], generator=g, dtype=torch.float64) for _ in range(3)]
+    return Batch(image=images[0], views=images[1:], target=torch.arange(SIZE) % 4, index=torch.arange(SIZE))
+
+
+def share(rows: slice) -> Batch:
+    batch = joined()
+    return Batch(
+        image=batch["image"][rows],
+        views=[view[rows] for view in batch["views"]],
+        target=batch["target"][rows],
+        index=batch["index"][rows],
+    )
+
+
+def fixed_loss(method: Method, rows: slice) -> torch.Tensor:
+    """The loss of some rows of the batch, with randomness that belongs to the rows and not to the rank."""
+    batch, g = share(rows), torch.Generator().manual_seed(3)
+    kind = type(method).__name__
+    N = (SMALL["size"] // SMALL["patch_size"]) ** 2
+    if kind == "MAE":
+        return method.reconstruct(batch["image"], torch.rand(SIZE, N, generator=g)[rows])[0]
+    if kind == "DINOv2":
+        masked = torch.rand(2, SIZE, N, generator=g) < torch.linspace(0, 0.6, SIZE)[None, :, None]
+        return method.distill(batch["views"], masked[:, rows].flatten(0, 1), 0.5).loss
+    if kind == "IJEPA":
+        order = torch.rand(SIZE, N, generator=g).argsort(1)[rows]
+        return method.predict(batch["image"], order[:, :9], order[:, 9:13].unflatten(1, (2, 2)))[0]
+    return method.step(batch, 0.5).loss
+
+
+class Loss(nn.Module):
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, rows: slice) -> torch.Tensor:
+        return fixed_loss(self.method, rows)
+
+
+def trained(name: str, rows: slice, wrap=lambda module: module) -> dict[str, torch.Tensor]:
+    """Loss and gradients of two steps, and all that a method keeps after them."""
+    method, found = made(name), {}
+    net = wrap(Loss(method))
+    for step in range(STEPS):
+        method.zero_grad()
+        loss = net(rows)
+        loss.backward()
+        found[f"{step}.loss"] = loss.detach()
+        for key, parameter in method.named_parameters():
+            if parameter.grad is not None:
+                found[f"{step}.grad.{key}"] = parameter.grad.clone()
+                parameter.data.sub_(0.05 * parameter.grad)
+        method.after_step(0.5)
+    return found | {f"state.{key}": value.clone() for key, value in method.state_dict().items()}
+
+
+def _rank(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    half, found = SIZE // 2, {}
+    for name in METHODS:
+        rows = slice(half * rank, half * rank + half)
+        found[name] = trained(name, rows, torch.nn.parallel.DistributedDataParallel)
+    Path(f"{out}{rank}").write_bytes(pickle.dumps(found))
+    torch.distributed.barrier()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of the two ranks found, by method."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = [_processes.Process(target=_rank, args=(r, str(folder / "store"), str(folder / "rank"))) for r in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+        assert process.exitcode == 0
+    return [pickle.loads((folder / f"rank{r}").read_bytes()) for r in (0, 1)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_compute_what_one_does(ranks, name):
+    one, (first, second) = trained(name, slice(0, SIZE)), (ranks[0][name], ranks[1][name])
+    assert one.keys() == first.keys() == second.keys()
+    for key, value in one.items():
+        left, right = first[key], second[key]
+        if key.endswith(".loss"):
+            left = right = (left + right) / 2
+        torch.testing.assert_close(left, value, rtol=1e-9, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+        assert torch.equal(left, right), f"{key} differs between the ranks"
