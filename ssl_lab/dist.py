@@ -44,7 +44,7 @@ def gather(x: Tensor, *, grad: bool = True) -> Tensor:
     Every rank must bring the same number of rows.
     """
     if world_size() == 1:
-        return x
+        return x if grad else x.detach()
     return _Gather.apply(x) if grad else _all_gather(x.detach())
 
 

@@ -56,7 +56,8 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """
     scores = _wide(logits) / temperature
     top = scores.amax() if len(scores) else scores.new_full((), float("-inf"))
-    scores = (scores - dist.all_reduce_max(top)).exp()
+    # A row without any weight left would divide by zero: what lies e^80 below the top counts as e^-80.
+    scores = (scores - dist.all_reduce_max(top)).clamp(min=-80).exp()
     rows = dist.all_reduce_sum(scores.new_tensor(float(len(scores))))
     for _ in range(iterations):
         used = dist.all_reduce_sum(scores.sum(0)).clamp(min=torch.finfo(scores.dtype).tiny)
