@@ -13,7 +13,7 @@ from ssl_lab.evals.crop_scale import CropScale, centre
 from ssl_lab.evals.knn import KNN
 from ssl_lab.evals.low_shot import LowShot, balanced, ranks
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.retrieval import Retrieval, ranking
+from ssl_lab.evals.retrieval import Retrieval, ordered, ranking
 from ssl_lab.evals.runner import run_all
 
 # ---- few labels
@@ -119,6 +119,21 @@ def test_ranking_equals_a_double_loop(leave_one_out, monkeypatch):
         precision, first = ranking(bank, y, queries, queries_y, torch.arange(41), own)
         torch.testing.assert_close(precision, torch.tensor([p for p, _ in expected], dtype=torch.float64))
         assert first.tolist() == [rank for _, rank in expected]
+
+
+def test_ties_count_against_the_encoder():
+    bank, y = torch.ones(8, 3), torch.tensor([1, 0] * 4)
+    precision, first = ranking(bank, y, torch.ones(1, 3), torch.tensor([1]), torch.arange(8))
+    assert first.tolist() == [5] and float(precision) == pytest.approx((1 / 5 + 2 / 6 + 3 / 7 + 4 / 8) / 4)
+
+
+def test_sorting_keeps_the_order_of_every_float():
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat(
+        [torch.randn(3, 500, generator=g), torch.tensor([[0.0, 1e-30, -1e-30, 1.0, -1.0, -torch.inf]] * 3)], 1
+    )
+    relevant = torch.rand(x.shape, generator=g) > 0.5
+    assert torch.equal(ordered(x, relevant), relevant.gather(1, x.argsort(1, descending=True)))
 
 
 def test_retrieval_of_a_ranking_known_by_hand():

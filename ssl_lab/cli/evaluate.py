@@ -10,16 +10,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from ssl_lab.analysis.pictures import feature_maps
+from ssl_lab.analysis.embedding import require_projection
 from ssl_lab.cli.compose import build
+from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
-from ssl_lab.data.views import STATS
+from ssl_lab.cli.watch import Extraction
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import evaluating, moved
+from ssl_lab.evals.base import Round
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.results import Row, table, write
-from ssl_lab.evals.runner import run_all
-from ssl_lab.pictures import save_png, side_by_side, unnormalize
+from ssl_lab.evals.results import Row, markdown, matrix, table, write
+from ssl_lab.evals.runner import run_round
+from ssl_lab.files import write_text
 from ssl_lab.train import checkpoint
 from ssl_lab.weights import io
 
@@ -27,7 +28,9 @@ Plain = dict[str, Any]
 
 
 def run(cfg: DictConfig) -> None:
-    """Build as trained, load, evaluate; rows go to `metrics.json` and, as a table, to the screen.
+    """Build as trained, load, evaluate, draw.
+
+    Rows go to `metrics.json`; as a table to the screen and to `table.md`; pictures to `pictures/index.html`.
 
     Raises:
         UserError: nothing to evaluate or to evaluate with, or weights that do not fit.
@@ -38,6 +41,7 @@ def run(cfg: DictConfig) -> None:
     saved = {} if folder is None else load_config(folder, cfg.trust)
     method_config, data_config = (_laid_over(saved, given, part) for part in ("method", "data"))
     fabric = _fabric(cfg.device, cfg.precision or saved.get("trainer", {}).get("precision") or "32-true")
+    require_projection(cfg.projection)
     evaluators = build(given.get("eval") or {})
     if not evaluators:
         raise UserError("eval=[] leaves nothing to do: choose e.g. eval=[knn,linear]")
@@ -46,30 +50,39 @@ def run(cfg: DictConfig) -> None:
     if method_config.get("num_classes") == 0:  # as many as the data has
         method_config["num_classes"] = len(data.classes)
 
-    def judge(method: nn.Module, step: int, subject: str) -> list[Row]:
-        method, able = method.to(fabric.device), evaluators
-        if isinstance(method, Pixels):  # they have features and no more
-            able = {name: e for name, e in evaluators.items() if isinstance(method, e.needs)}
-        return run_all(able, method, data, step=step, subject=subject, precision=fabric.autocast)
+    out, console = Path(cfg.out or folder or "runs/evaluate"), Console(highlight=False)
+    rows: list[Row] = []
+    with Extraction(console, {"train": len(data.train), "test": len(data.test)}) as watch:
 
-    rows = []
-    if cfg.baselines:
-        rows += judge(Pixels(), 0, "raw pixels")
-    torch.manual_seed(cfg.seed)
-    method = build(without_downloads(method_config))
-    if cfg.baselines or spec is None:
-        rows += judge(method, 0, "random encoder")
-    if spec is not None:
-        step, subject = _load(method, spec, has_run=folder is not None)
-        rows += judge(method, step, subject)
+        def judge(method: nn.Module, step: int, subject: str) -> Round:
+            able, watch.subject = evaluators, subject
+            if isinstance(method, Pixels):  # they have features and no more
+                able = {name: e for name, e in evaluators.items() if isinstance(method, e.needs)}
+            round = Round(method.to(fabric.device), data, fabric.autocast, watch)
+            rows.extend(run_round(able, round, step=step, subject=subject, say=console.print))
+            return round
 
-    out = Path(cfg.out or folder or "runs/evaluate")
-    write(out / "metrics.json", rows)
-    console = Console()
+        if cfg.baselines:
+            judge(Pixels(), 0, "raw pixels")
+        torch.manual_seed(cfg.seed)
+        method = build(without_downloads(method_config))
+        step, subject = 0, "random encoder"
+        if cfg.baselines and spec is not None:
+            judge(method, step, subject)
+        if spec is not None:
+            step, subject = _load(method, spec, has_run=folder is not None)
+        round = judge(method, step, subject)
+        write(out / "metrics.json", rows)
+        write_text(out / "table.md", markdown(rows))
+        places = {"table": out / "table.md", "protocols": out / "metrics.json"}
+        if cfg.pictures and hasattr(data.eval_views, "stats"):
+            title = subject if folder is None else f"{folder.parent.name}/{folder.name}, {subject}, step {step:,}"
+            last = [row for row in rows if row.subject == subject]
+            gallery = Gallery(round, cfg.projection, cfg.seed)
+            places["pictures"] = gallery.write(out / "pictures", title, matrix(last) if last else ())
     console.print(table(rows))
-    console.print(f"each value with its protocol: {out / 'metrics.json'}", highlight=False, soft_wrap=True)
-    if picture := _picture(method, data, fabric, out / "pictures"):
-        console.print(f"features as colours: {picture}", highlight=False, soft_wrap=True)
+    for name, path in places.items():
+        console.print(f"{name:<10} {path}", soft_wrap=True)
 
 
 def _fabric(device: str, precision: Any) -> Fabric:
@@ -116,19 +129,3 @@ def _load(method: Any, spec: str, *, has_run: bool) -> tuple[int, str]:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit this {type(method).__name__}: {line}") from None
     return int(content["global_step"]), "trained"
-
-
-def _picture(method: nn.Module, data: Any, fabric: Fabric, folder: Path) -> Path | None:
-    """Test images beside the colours of their patch features, where the encoder has patches."""
-    encoder, stats = getattr(method, "encoder", None), getattr(data.eval_views, "stats", None)
-    if not isinstance(encoder, nn.Module) or stats is None:
-        return None
-    batch = moved(next(iter(data.eval_loader("test", 8))), fabric.device)
-    try:
-        with evaluating(encoder), fabric.autocast():
-            maps = feature_maps(encoder, batch["image"])
-    except UserError:  # this encoder's tokens are no patches
-        return None
-    path = folder / "features.png"
-    save_png(path, side_by_side({"input": unnormalize(batch["image"], *STATS[stats]), "features": maps}))
-    return path

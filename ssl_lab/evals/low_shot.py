@@ -39,7 +39,7 @@ class LowShot(Common):
     """
 
     fractions: Sequence[float] = (0.01, 0.1)
-    rates: Sequence[float] = (1e-4, 1e-3, 1e-2)
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2)
     steps: int = 200
     folds: int = 5
     batch_size: int = 1024

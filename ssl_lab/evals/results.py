@@ -1,7 +1,7 @@
 """Results as rows in a run's metrics.json, each with the protocol that it was measured by, and as a table."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from rich.table import Table
 
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
+
+_BESIDE = 6  # values that fit beside each other on 80 columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +74,66 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     write_text(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """One line per subject and step, one column per value; details (names with a slash) are left out.
+def matrix(rows: Iterable[Row]) -> list[list[str]]:
+    """The values as text, heads first; details (names with a slash) are left out.
 
-    A second value for the same place, measured by another protocol, goes on a line of its own.
+    Up to 6 values per subject: a line per subject and step. More would not fit beside each other: a line per value and
+    a column per subject. A second value for the same place, measured by another protocol, gets a line (column) of its
+    own.
     """
-    lines: list[tuple[tuple[str, int], dict[str, float]]] = []
-    columns: dict[str, None] = {}
+    lines: list[tuple[tuple[str, int], dict[tuple[str, str], float]]] = []
+    columns: dict[tuple[str, str], None] = {}
     for row in rows:
         if "/" in row.name:
             continue
-        column, place = f"{row.evaluator}\n{row.name}", (row.subject, row.step)
+        column, place = (row.evaluator, row.name), (row.subject, row.step)
         columns[column] = None
         cells = next((cells for at, cells in lines if at == place and column not in cells), None)
         if cells is None:
             lines.append((place, cells := {}))
         cells[column] = row.value
-    out = Table("features", "step", box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        out.add_column(column, justify="right")
-    for (subject, step), cells in lines:
-        out.add_row(subject, str(step), *(f"{cells[c]:.4g}" if c in cells else "" for c in columns))
+    beside = len(columns) <= _BESIDE
+    style = ".4g" if beside else "#.4g"  # below each other, the same number of digits
+    values = [[format(cells[c], style) if c in cells else "" for c in columns] for _, cells in lines]
+    if beside:
+        heads = ["features", "step", *("\n".join(column) for column in columns)]
+        return [
+            heads,
+            *([subject, str(step), *cells] for ((subject, step), _), cells in zip(lines, values, strict=True)),
+        ]
+    heads = ["evaluator", "value", *(f"{subject}\nstep {step}" if step else subject for (subject, step), _ in lines)]
+    out, before = [heads], ""
+    for (evaluator, name), *texts in zip(columns, *values, strict=True):
+        out.append([evaluator if evaluator != before else "", name, *texts])
+        before = evaluator
     return out
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """`matrix` for the screen."""
+    heads, *lines = matrix(rows)
+    out = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for i, head in enumerate(heads):
+        out.add_column(head, justify="left" if i == 0 or head == "value" else "right", overflow="fold")
+    for line in lines:
+        out.add_row(*line)
+    return out
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """`matrix` as a Markdown table, and below it how each evaluator measured, from its last row."""
+    heads, *lines = ([cell.replace("\n", " ").replace("|", "\\|") for cell in line] for line in matrix(rows))
+    marks = ["---" if i == 0 or head == "value" else "---:" for i, head in enumerate(heads)]
+    text = [f"| {' | '.join(line)} |" for line in (heads, marks, *lines)]
+    protocols = {row.evaluator: {"rows": row.samples} | row.protocol for row in rows}
+    text += ["", *(f"- {name}: {_words(protocol)}" for name, protocol in protocols.items())]
+    return "\n".join(text) + "\n"
+
+
+def _words(value: Any) -> str:
+    """A protocol in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_words(v) for v in value) + ")"
+    return str(value)
