@@ -3,8 +3,9 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
+from ssl_lab.data.crop import boxes, crop_into
 from ssl_lab.data.resample import resample
-from ssl_lab.data.views import STATS, Crop, Resize, boxes, normalize_
+from ssl_lab.data.views import STATS, Crop, Resize, normalize_
 from ssl_lab.errors import UserError
 from ssl_lab.rng import uniform
 
@@ -32,6 +33,20 @@ def test_resample_equals_torchvision_per_sample(interpolation: str, height: int,
         want = F.resized_crop(image.float(), top, left, h, w, [size, size], interpolation=mode, antialias=True)
         want = want.clamp(0, 255).flip(-1) if flipped else want.clamp(0, 255)
         torch.testing.assert_close(ours, want, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("layout", ["planes", "pixels", "float"])
+def test_a_single_crop_is_torchvisions_to_the_bit(interpolation: str, layout: str) -> None:
+    mode = InterpolationMode(interpolation)
+    for i, (image, box) in enumerate(zip(pictures(8, 90, 121), some_boxes(8, 90, 121).tolist(), strict=True)):
+        stored = image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if layout == "pixels" else image
+        stored = stored.float() if layout == "float" else stored
+        top, left, h, w = box
+        want = F.resized_crop(stored, top, left, h, w, [50, 50], interpolation=mode, antialias=True).float()
+        got = torch.empty(3, 50, 50)
+        crop_into(got, stored, box, i % 2 == 0, interpolation)  # type: ignore[arg-type]
+        assert torch.equal(got, (want.flip(-1) if i % 2 == 0 else want).clamp(0, 255))
 
 
 def test_crop_of_a_list_equals_crop_of_a_batch_up_to_rounding() -> None:

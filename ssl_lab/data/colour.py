@@ -1,17 +1,39 @@
-"""Colour operations on a batch of float images in 0..255, each sample with its own strength, in place.
+"""Colour operations on float images in 0..255, in place: of a batch with a strength for each sample, or of one image.
 
 They equal torchvision's functionals of the same name on float images, with few passes over memory: no round trip
 through hue, saturation and value, and no clamp where nothing can leave the range.
 """
 
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 TOP = 255.0
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with the digits that torchvision and PIL use
-_HUE = 3  # its number among brightness, contrast, saturation, hue
+
+
+def adjust_(x: Tensor, which: int, factor: float) -> None:
+    """One operation with one factor (of the hue: its shift) on all of (B, 3, H, W)."""
+    if which == HUE:
+        swaps, after, before, rest = _turn(factor)
+        if swaps:
+            x.copy_(x.roll(swaps, 1))
+        _hue_(x, after, before, rest)
+        return
+    if factor == 1:
+        return
+    if which == BRIGHTNESS:
+        x.mul_(factor)
+    elif which == CONTRAST:
+        mean = grey(x.mean((2, 3), keepdim=True)).mul_(1 - factor)
+        x.mul_(factor).add_(mean)
+    else:
+        other = grey(x)
+        x.mul_(factor).add_(other, alpha=1 - factor)
+    if factor > 1:  # else a weighted mean of values within the range
+        x.clamp_(0, TOP)
 
 
 def jitter_(x: Tensor, order: Tensor, factors: Tensor) -> None:
@@ -20,20 +42,21 @@ def jitter_(x: Tensor, order: Tensor, factors: Tensor) -> None:
     `factors` (B, 4) float32 are those of the four operations; both lie on the CPU. Samples that lie side by side and
     have their hue shifted at the same place of the order are done together, so sort them by `hue_place` beforehand.
     """
-    place = hue_place(order)
+    place = hue_place(order).tolist()
     for step in range(4):
-        starts = [0, *((place[1:] == step) != (place[:-1] == step)).nonzero()[:, 0].add(1).tolist(), len(x)]
-        for start, stop in pairwise(starts):
-            part = slice(start, stop)
-            if start < stop and place[start] == step:
-                hue_(x[part], factors[part, _HUE])
-            elif start < stop:
+        start = 0
+        for at_hue, group in groupby(p == step for p in place):
+            part = slice(start, start + len(list(group)))
+            start = part.stop
+            if at_hue:
+                _hues_(x[part], factors[part, HUE])
+            else:
                 _linear_(x[part], order[part, step], factors[part])
 
 
 def hue_place(order: Tensor) -> Tensor:
     """(B, 4) int64 orders -> (B,) int64: how many operations come before the hue."""
-    return (order == _HUE).int().argmax(1)
+    return (order == HUE).int().argmax(1)
 
 
 def _linear_(x: Tensor, which: Tensor, factors: Tensor) -> None:
@@ -41,27 +64,35 @@ def _linear_(x: Tensor, which: Tensor, factors: Tensor) -> None:
     factor = factors.gather(1, which[:, None])[:, 0]
     if (factor == 1).all():
         return
-    amount = 1 - factor
-    saturation, contrast = which == 2, which == 1
-    f, a = _column(factor, x), _column(amount, x)
-    if saturation.any():
-        other = grey(x)
-        if not saturation.all():
-            if contrast.any():
-                other = torch.where(_column(contrast, x), other.mean((2, 3), keepdim=True), other)
-            a = _column(amount * (which > 0), x)
-        x.mul_(f).add_(other.mul_(a))
-    elif contrast.any():
-        means = x.mean((2, 3), keepdim=True)
-        x.mul_(f).add_(grey(means).mul_(_column(amount * contrast, x)))
-    else:
-        x.mul_(f)
-    if (factor > 1).any():  # else a weighted mean of values within the range
+    amount = _column((1 - factor) * (which != BRIGHTNESS), x)
+    luma = grey(x)
+    other = torch.where(_column(which == CONTRAST, x), luma.mean((2, 3), keepdim=True), luma)
+    x.mul_(_column(factor, x)).add_(other.mul_(amount))
+    if (factor > 1).any():
         x.clamp_(0, TOP)
 
 
-def hue_(x: Tensor, shift: Tensor) -> None:
-    """Turn the hue of (B, 3, H, W) by (B,) `shift` in [-0.5, 0.5] circles.
+def _hues_(x: Tensor, shift: Tensor) -> None:
+    """Turn the hue of each sample by its own (B,) shift."""
+    turns = torch.tensor([_turn(s) for s in shift.tolist()], dtype=torch.float32)
+    for swap in (-1, 1):
+        rows = (turns[:, 0] == swap).nonzero()[:, 0].to(x.device)
+        if len(rows):
+            x[rows] = x[rows].roll(swap, 1)
+    after, before, rest = (_column(column, x) for column in turns[:, 1:].unbind(1))
+    _hue_(x, after, before, rest)
+
+
+def _turn(shift: float) -> tuple[int, float, float, float]:
+    """Shift of the hue in [-0.5, 0.5] circles -> thirds of it, then weights of two channels and of V + m in `_hue_`."""
+    swaps = max(-1, min(1, round(3 * shift)))
+    d = 6 * shift - 2 * swaps
+    inner = 1 - 2 * abs(d)
+    return (swaps, 1.0, inner, 1 - d) if d >= 0 else (swaps, inner, 1.0, 1 + d)
+
+
+def _hue_(x: Tensor, after: Tensor | float, before: Tensor | float, rest: Tensor | float) -> None:
+    """Turn the hue of (B, 3, H, W) by a sixth of the circle or less.
 
     Along the circle of hues, each channel climbs linearly from the smallest value m of the pixel to its largest V
     within a sixth, stays there for two sixths, and falls likewise. Turned by d in [0, 1] sixths, red is thus again a
@@ -69,30 +100,18 @@ def hue_(x: Tensor, shift: Tensor) -> None:
 
         R' = clamp(R - G - (1 - 2 d) B + (1 - d) (V + m), m, V),
 
-    green and blue follow by cyclic exchange, and a turn backwards exchanges G and B. Two whole sixths exchange the
+    green and blue follow by cyclic exchange, and a turn backwards exchanges G and B. A turn by two sixths exchanges the
     channels themselves.
     """
-    sixths = 6 * shift
-    swaps = (sixths / 2).round().clamp(-1, 1)  # what is left lies within one sixth
-    if swaps.any():
-        for turn in (-1, 1):
-            rows = (swaps == turn).nonzero()[:, 0].to(x.device)
-            if len(rows):
-                x[rows] = x[rows].roll(turn, 1)
-    d = sixths - 2 * swaps
-    size, ahead = d.abs(), d >= 0
-    after = _column(torch.where(ahead, torch.ones_like(d), 1 - 2 * size), x)
-    before = _column(torch.where(ahead, 1 - 2 * size, torch.ones_like(d)), x)
     r, g, b = x.split(1, 1)
     low, high = torch.minimum(r, g), torch.maximum(r, g)
     torch.minimum(low, b, out=low)
     torch.maximum(high, b, out=high)
-    rest = (low + high).mul_(_column(1 - size, x))
-    out = x + rest
-    y = x * after
+    out = x + (low + high).mul_(rest)
+    y = x * after if isinstance(after, Tensor) or after != 1 else x
     out[:, :2].sub_(y[:, 1:])
     out[:, 2:].sub_(y[:, :1])
-    torch.mul(x, before, out=y)
+    y = x * before if isinstance(before, Tensor) or before != 1 else x
     out[:, 1:].sub_(y[:, :2])
     out[:, :1].sub_(y[:, 2:])
     torch.clamp(out, low, high, out=x)
@@ -103,9 +122,10 @@ def grey(x: Tensor) -> Tensor:
     return (x[:, :1] * _LUMA[0]).add_(x[:, 1:2], alpha=_LUMA[1]).add_(x[:, 2:], alpha=_LUMA[2])
 
 
-def solarize(x: Tensor, threshold: float = 128.0) -> Tensor:
-    """The same with all values from `threshold` on inverted."""
-    return (x * -2).add_(TOP).mul_(torch.ge(x, threshold, out=torch.empty_like(x))).add_(x)
+def solarize_(x: Tensor, threshold: float = 128.0) -> None:
+    """Invert all values from `threshold` on."""
+    bright = torch.ge(x, threshold, out=torch.empty_like(x))  # as 0 and 1: selecting is slow on a CPU
+    x.add_((x * -2).add_(TOP).mul_(bright))
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ All numbers come from (seed, position) and are made on the CPU, so that they are
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssl_lab.data.crop import BOX_DRAWS, boxes, check_range
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold, uniform
 
-_TRIES = 10  # torchvision's number of draws before a crop falls back to the centre
-BOX_DRAWS = 2 * _TRIES + 2
 _SIGMAS = 4  # a Gaussian cut off there has lost 6e-5 of its mass
 
 
@@ -106,6 +106,11 @@ class Draws:
         """Those of some rows."""
         return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The same numbers sample by sample, as plain numbers and lists."""
+        columns = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
 
 def draw(view: View, seed: int, number: int, position: Tensor, height: Tensor, width: Tensor) -> Draws:
     """(B,) int64 positions and image sides, on the CPU -> the numbers of view `number`.
@@ -130,31 +135,3 @@ def draw(view: View, seed: int, number: int, position: Tensor, height: Tensor, w
         sigma=(smallest + (largest - smallest) * sigma).float(),
         solarize=solarize < view.solarize_p,
     )
-
-
-def boxes(u: Tensor, height: Tensor, width: Tensor, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
-    """(B, >= 22) uniform draws, (B,) int64 image sides -> (B, 4) int64 crops: top, left, height, width.
-
-    As torchvision draws them: the first of ten candidates that fits into the image, else the largest centred crop
-    within `ratio`.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :_TRIES])
-    aspect = torch.exp(low + (high - low) * u[:, _TRIES : 2 * _TRIES])
-    w, h = torch.sqrt(area * aspect).round().long(), torch.sqrt(area / aspect).round().long()
-    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, found = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    top = (u[:, 2 * _TRIES] * (height - h + 1)).long()
-    left = (u[:, 2 * _TRIES + 1] * (width - w + 1)).long()
-    full_h = torch.minimum(height, (width / ratio[0]).round().long())
-    full_w = torch.minimum(width, (height * ratio[1]).round().long())
-    centred = torch.stack([(height - full_h) // 2, (width - full_w) // 2, full_h, full_w], 1)
-    return torch.where(found[:, None], torch.stack([top, left, h, w], 1), centred)
-
-
-def check_range(name: str, span: Sequence[float], low: float, high: float = math.inf) -> None:
-    """A `UserError` unless `span` is two numbers with low < first <= second <= high."""
-    if len(span) != 2 or not low < span[0] <= span[1] <= high:
-        limit = f"above {low}" + (f" and up to {high}" if high < math.inf else "")
-        raise UserError(f"{name} is {list(span)}: give two numbers {limit}, the smaller one first")

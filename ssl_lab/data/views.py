@@ -6,30 +6,38 @@ the same sample looks the same in a worker, in the main process and on the train
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from ssl_lab.data.blur import blur
-from ssl_lab.data.colour import grey, hue_place, jitter_, solarize
-from ssl_lab.data.draws import BOX_DRAWS, Draws, View, boxes, check_range, draw
-from ssl_lab.data.resample import resample
+from ssl_lab.data.blur import blur, blur_
+from ssl_lab.data.colour import adjust_, grey, hue_place, jitter_, solarize_
+from ssl_lab.data.crop import (
+    BOX_DRAWS,
+    Images,
+    Interpolation,
+    boxes,
+    check_interpolation,
+    check_range,
+    crop,
+    crop_into,
+    in_batches,
+    interleaved,
+    sides,
+)
+from ssl_lab.data.draws import Draws, View, draw
 from ssl_lab.errors import UserError
 from ssl_lab.rng import uniform
 from ssl_lab.types import Batch
-
-Images = Tensor | list[Tensor]
-Interpolation = Literal["bilinear", "bicubic"]
 
 STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-_SMALL = 64  # up to this side the matrix products of a batch beat one resize per image on a CPU
 _CHUNK = 1 << 18  # values done at once on a CPU, so that a chunk stays in its cache
 
 
@@ -102,21 +110,29 @@ class MultiView:
         """Images are uint8, or float32 in 0..255."""
         place, (height, width) = position.cpu(), sides(images)
         draws = [draw(view, seed, number, place, height, width) for number, view in enumerate(self.views)]
-        return {"views": [self._view(images, *which) for which in zip(self.views, draws, self.sizes, strict=True)]}
+        out = [torch.empty((len(place), 3, size, size), device=images[0].device) for size in self.sizes]
+        single = [v for v, size in enumerate(self.sizes) if not in_batches(images, size)]
+        rows = {v: draws[v].rows() for v in single}
+        for i, image in enumerate(images if single else ()):
+            image = interleaved(image) if len(single) > 1 else image
+            for v in single:
+                one = rows[v][i]
+                crop_into(out[v][i], image, one["box"], one["flip"], self.interpolation)
+                recolour_one_(out[v][i], one, self.views[v].radius(self.sizes[v]))
+                normalize_(out[v][i : i + 1], self.stats)
+        for v, size in enumerate(self.sizes):
+            if in_batches(images, size):
+                self._batch(images, draws[v], self.views[v], out[v])
+        return {"views": out}
 
-    def _view(self, images: Images, view: View, draws: Draws, size: int) -> Tensor:
+    def _batch(self, images: Tensor, draws: Draws, view: View, out: Tensor) -> None:
+        size = out.shape[-1]
         rows = torch.argsort(torch.where(draws.jitter, hue_place(draws.order), 4), stable=True)
-        out = torch.empty((len(rows), 3, size, size), device=images[0].device)
-        chunk = max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(rows)
-        for part in rows.split(chunk):
-            drawn = draws.take(part)
-            if isinstance(images, Tensor):
-                some: Images = images[part.to(images.device)]
-            else:
-                some = [images[row] for row in part.tolist()]
-            x = crop(some, drawn.box, drawn.flip, size, self.interpolation)
-            out[part.to(out.device)] = normalize_(recolour(x, drawn, view.radius(size)), self.stats)
-        return out
+        for part in rows.split(max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(rows)):
+            drawn, where = draws.take(part), part.to(out.device)
+            x = crop(images[where], drawn.box, drawn.flip, size, self.interpolation)
+            recolour_(x, drawn, view.radius(size))
+            out[where] = normalize_(x, self.stats)
 
 
 class Resize:
@@ -144,54 +160,36 @@ class Resize:
         return out
 
 
-def sides(images: Images) -> tuple[Tensor, Tensor]:
-    """(B,) int64 heights and widths, on the CPU."""
-    rows = [images.shape[-2:]] * len(images) if isinstance(images, Tensor) else [x.shape[-2:] for x in images]
-    height, width = torch.tensor(rows).unbind(1)
-    return height, width
-
-
-def crop(images: Images, box: Tensor, flip: Tensor, size: int, interpolation: Interpolation) -> Tensor:
-    """Images, (B, 4) boxes and (B,) flips on the CPU -> (B, 3, size, size) float32 in 0..255, free to be changed."""
-    if isinstance(images, Tensor) and (images.is_cuda or max(size, *images.shape[-2:]) <= _SMALL):
-        return resample(images, box.to(images.device), flip.to(images.device), size, interpolation)
-    out = torch.empty((len(images), 3, size, size), device=images[0].device)
-    mode = InterpolationMode(interpolation)
-    for row, (image, where, flipped) in enumerate(zip(images, box.tolist(), flip.tolist(), strict=True)):
-        one = F.resized_crop(image, *where, [size, size], interpolation=mode, antialias=True)
-        out[row] = one.flip(-1) if flipped else one
-    return out if images[0].dtype == torch.uint8 or interpolation != "bicubic" else out.clamp_(0, 255)
-
-
-def recolour(x: Tensor, draws: Draws, radius: int) -> Tensor:
+def recolour_(x: Tensor, draws: Draws, radius: int) -> None:
     """Jitter, grey, blur and solarise the samples of (B, 3, H, W) that drew it; jittered ones lie at the front."""
     count = int(draws.jitter.sum())
     jitter_(x[:count], draws.order[:count], draws.factors[:count])
-    for chosen, change in ((draws.grey, _grey), (draws.blur, _blur), (draws.solarize, _solarize)):
-        rows = chosen.nonzero()[:, 0]
-        if len(rows):
-            where = rows.to(x.device)
-            x[where] = change(x[where], draws.sigma[rows], radius)
-    return x
+    for name in ("grey", "blur", "solarize"):
+        rows = getattr(draws, name).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        where = rows.to(x.device)
+        some = x[where]
+        if name == "grey":
+            some = grey(some).expand_as(some)
+        elif name == "blur":
+            some = blur(some, draws.sigma[rows], radius)
+        else:
+            solarize_(some)
+        x[where] = some
 
 
-def _grey(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    return grey(x).expand_as(x)
-
-
-def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    return blur(x, sigma, radius)
-
-
-def _solarize(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    return solarize(x)
-
-
-def check_interpolation(name: Interpolation) -> Interpolation:
-    """`name`, if it is known; else a `UserError` that says which are."""
-    if name not in get_args(Interpolation):
-        raise UserError(f"interpolation is {name!r}: set it to one of {', '.join(get_args(Interpolation))}")
-    return name
+def recolour_one_(x: Tensor, one: dict[str, Any], radius: int) -> None:
+    """The same for one large image (3, H, W) on a CPU, with plain numbers."""
+    batch = x[None]
+    for which in one["order"] if one["jitter"] else ():
+        adjust_(batch, which, one["factors"][which])
+    if one["grey"]:
+        batch.copy_(grey(batch).expand_as(batch))
+    if one["blur"]:
+        blur_(x, one["sigma"], radius)
+    if one["solarize"]:
+        solarize_(batch)
 
 
 def check_stats(name: str) -> str:
