@@ -46,6 +46,22 @@ def test_layer_decay_counts_from_the_head():
     assert rates[vit.patch_embed.proj.weight] == rates[vit.cls_token] == 0.0625
 
 
+def test_all_decays_and_the_patch_projection_has_a_rate_of_its_own():
+    vit = ViT(32, 2, 4, image_size=16)
+    groups = Optim(lr=1.0, warmup=0.0, decay="all", weight_decay=0.1, patch_lr=0.2).build(vit.named_parameters(), 256)
+    assert all(g["weight_decay"] == 0.1 for g in groups.param_groups)
+    rates = {p: g["lr"] for g in groups.param_groups for p in g["params"]}
+    assert rates[vit.patch_embed.proj.weight] == rates[vit.patch_embed.proj.bias] == pytest.approx(0.2)
+    assert rates[vit.cls_token] == rates[vit.norm.weight] == 1.0
+
+
+def test_step_schedule_of_moco():
+    optim = Optim(schedule="step", warmup=0.0)
+    assert [optim.lr_factor(e / 200) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
 def test_every_optimizer_learns(name):
     torch.manual_seed(0)

@@ -26,9 +26,11 @@ class Optim:
         min_lr: rate at the end of the cosine, before scaling.
         betas: of AdamW; the first is the momentum of the others.
         eps: of AdamW.
-        weight_decay: a number or a schedule of progress; parameters of at most one dimension never decay.
+        weight_decay: a number or a schedule of progress.
+        decay: what decays, "matrices" (not biases and other parameters of one dimension) or "all".
         layer_decay: rate factor per layer below the head (BEiT, arXiv:2106.08254).
-        schedule: "cosine" to `min_lr`, or "constant" after the warm-up.
+        patch_lr: rate factor of the patch projection (DINOv2 takes 0.2).
+        schedule: after the warm-up "cosine" to `min_lr`, "constant", or "step": a tenth at 60 % and again at 80 %.
     """
 
     name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
@@ -39,8 +41,10 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: "float | Schedule" = 0.05
+    decay: Literal["matrices", "all"] = "matrices"
     layer_decay: float | None = None
-    schedule: Literal["cosine", "constant"] = "cosine"
+    patch_lr: float = 1.0
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd", "lars", "muon"):
@@ -58,6 +62,8 @@ class Optim:
             return progress / self.warmup
         if self.schedule == "constant":
             return 1.0
+        if self.schedule == "step":
+            return 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
         return Cosine(1.0, self.min_lr / self.lr)((progress - self.warmup) / max(1e-12, 1 - self.warmup))
 
     def build(self, named: Named, samples_per_step: int) -> torch.optim.Optimizer:
@@ -95,8 +101,9 @@ class Optim:
         depth = 1 + max((_block(name) for name, _ in named), default=0)
         groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
         for name, p in named:
-            decays = p.ndim > 1 and not name.endswith(".bias")
+            decays = self.decay == "all" or (p.ndim > 1 and not name.endswith(".bias"))
             scale = 1.0 if self.layer_decay is None else self.layer_decay ** (depth + 1 - _layer(name, depth))
+            scale *= self.patch_lr if "patch_embed" in name.split(".") else 1.0
             hidden = self.name == "muon" and p.ndim == 2 and ".blocks." in f".{name}"
             groups.setdefault((decays, scale, hidden), []).append(p)
         for (decays, scale, hidden), params in groups.items():
