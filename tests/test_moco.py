@@ -15,7 +15,7 @@ from ssl_lab.losses.queue_nce import queue_nce
 from ssl_lab.methods.moco import MoCo
 from ssl_lab.nn.queue import Queue
 from ssl_lab.nn.shuffle import shuffled
-from ssl_lab.types import Backbone
+from ssl_lab.types import Backbone, Encoded
 
 
 def vit() -> ViT:
@@ -217,6 +217,20 @@ class Centred(torch.nn.Module):
         return x - x.mean(0)
 
 
+class Statistics(torch.nn.Module):
+    """An encoder that is a batch normalisation of 8 mean values."""
+
+    dim = 8
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+
+    def forward(self, x, tokens=True):
+        values = self.norm(x.unflatten(2, (8, 2)).mean((1, 3, 4)))
+        return Encoded(values[:, None], values[:, :0, None], has_cls=False)
+
+
 class Contrast(torch.nn.Module):
     def __init__(self, method):
         super().__init__()
@@ -245,7 +259,21 @@ def _rank(rank, store, queue):
     torch.set_rng_state(before)
     order = torch.randperm(8)
     items = ours.queue.items.numpy()
-    queue.put((rank, loss.item(), found, items, ours.queue.pointer.item(), centred.numpy(), order.numpy()))
+    torch.manual_seed(20 + rank)
+    batch_norm = method(Statistics(), head=[4]).double().train()
+    batch_norm.contrast(*(v[half] for v in views()))
+    queue.put(
+        (
+            rank,
+            loss.item(),
+            found,
+            items,
+            ours.queue.pointer.item(),
+            centred.numpy(),
+            order.numpy(),
+            batch_norm._keys[0].numpy(),
+        )
+    )
     torch.distributed.barrier()
 
 
@@ -269,7 +297,7 @@ def test_two_ranks_equal_one_process(ranks):
         loss.backward()
         ours.after_step(0.0)
     assert sum(entry[1] for entry in ranks) / 2 == pytest.approx(loss.item(), abs=1e-12)
-    for _, _, found, items, pointer, _, _ in ranks:
+    for _, _, found, items, pointer, *_ in ranks:
         wanted = {k: p.grad for k, p in ours.named_parameters() if p.grad is not None}
         assert found.keys() == wanted.keys()
         assert {k: gap(torch.from_numpy(found[k]), g) for k, g in wanted.items()
@@ -287,6 +315,17 @@ def test_shuffled_samples_meet_others_and_return(ranks):
     found = torch.cat([torch.from_numpy(entry[5]) for entry in ranks])
     assert torch.equal(found, expected)
     assert not torch.equal(found[:4], x[:4] - x[:4].mean(0))
+
+
+def test_keys_are_normalised_with_shuffled_batches(ranks):
+    ours, key = method(Statistics(), head=[4]).double().train(), views()[1]
+    torch.manual_seed(0)
+    method(Statistics(), head=[4])  # as on rank 0, where the permutation is drawn next
+    order = torch.randperm(8)
+    expected = torch.empty(8, 4, dtype=torch.float64)
+    for half in order.chunk(2):
+        expected[half] = unit(ours._keys_of(key[half])).detach()
+    assert gap(torch.cat([torch.from_numpy(entry[7]) for entry in ranks]), expected) < 1e-12
 
 
 def test_one_process_shuffles_nothing_and_takes_no_gradient():
