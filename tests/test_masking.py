@@ -79,7 +79,8 @@ def plain_block_mask(grid, count, tries, random):
 
 
 @pytest.mark.parametrize(
-    ("grid", "count", "tries"), [((8, 8), 24, 10), ((4, 6), 12, 10), ((8, 8), 58, 10), ((8, 8), 24, 2)]
+    ("grid", "count", "tries"),
+    [((8, 8), 24, 10), ((4, 6), 12, 10), ((8, 8), 58, 10), ((8, 8), 44, 10), ((8, 8), 24, 2)],
 )
 def test_block_mask_is_distributed_as_the_plain_loop(grid, count, tries):
     runs, N, source = 3000, grid[0] * grid[1], random.Random(0)

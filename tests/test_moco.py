@@ -80,6 +80,12 @@ def test_loss_is_lightlys():
     assert abs(found.item() - expected.item()) < 1e-6 and gap(a.grad, b.grad) < 1e-6
 
 
+def test_only_queries_get_a_gradient():
+    query, key, queue = (torch.randn(4, 8, requires_grad=True) for _ in range(3))
+    queue_nce(query, key, queue, 0.2)[0].backward()
+    assert query.grad.abs().sum() > 0 and key.grad is None and queue.grad is None
+
+
 def test_top1_counts_queries_whose_key_is_nearest():
     query = torch.eye(4)
     key = torch.eye(4)[[0, 1, 3, 2]]
