@@ -11,7 +11,8 @@ from ssl_lab.cli.resume import Standing
 from ssl_lab.data.module import DataModule
 from ssl_lab.evals.results import Row, table
 from ssl_lab.methods.base import Method
-from ssl_lab.schedules import Schedule
+from ssl_lab.nn.teacher import scaled_momentum
+from ssl_lab.schedules import Constant, Cosine, Linear, Schedule, Stairs, Warmup
 
 
 def heading(
@@ -26,12 +27,14 @@ def heading(
         "data": f"{data.num_train:,} images, {len(data.classes)} classes",
         "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
         "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",
+        **_schedules(method),
         "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
         "folder": str(cfg.out),
     }
     if standing.path is not None:
         lines["goes on"] = f"from step {standing.step:,} ({standing.path})"
-    return [f"[bold]{cfg.name}[/bold], seed {cfg.seed}", *(f"{name:<11}{text}" for name, text in lines.items())]
+    width = max(11, *(len(name) + 2 for name in lines))
+    return [f"[bold]{cfg.name}[/bold], seed {cfg.seed}", *(f"{name:<{width}}{text}" for name, text in lines.items())]
 
 
 def summary(out: Path, rows: Sequence[Row], steps: int) -> list[str | Table]:
@@ -47,6 +50,19 @@ def _parameters(method: Method) -> str:
     count = sum(p.numel() for p in method.parameters())
     parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.3g}M" for name, part in method.named_children()]
     return f"{count / 1e6:.3g}M parameters ({', '.join(parts)})" if len(parts) > 1 else f"{count / 1e6:.3g}M parameters"
+
+
+def _schedules(method: Method) -> dict[str, str]:
+    """What changes over training by itself, from its first to its last value, as this run's batch resolves it."""
+    lines = {}
+    for name, schedule in vars(method).items():
+        if isinstance(schedule, Constant | Linear | Cosine | Warmup | Stairs):
+            values = [float(schedule(progress)) for progress in (0.0, 1.0)]
+            if name == "momentum":
+                reference = getattr(method, "momentum_batch", None)
+                values = [scaled_momentum(value, method.samples_per_step, reference) for value in values]
+            lines[name.replace("_", " ")] = " to ".join(dict.fromkeys(f"{value:.5g}" for value in values))
+    return lines
 
 
 def _short(value: float | Schedule) -> str:

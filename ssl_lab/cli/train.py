@@ -33,6 +33,7 @@ from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
 from ssl_lab.pictures import side_by_side, unnormalize
 from ssl_lab.train import checkpoint
+from ssl_lab.train.alarm import CollapseAlarm
 from ssl_lab.train.callbacks import EMA, Checkpoints, Pictures, RunEvals, as_they_are
 from ssl_lab.train.guard import Guard
 from ssl_lab.train.loggers import Loggers
@@ -143,7 +144,7 @@ class Training:
 
     def _trainer(self) -> L.Trainer:
         cfg, weights = self.cfg, as_they_are if self.ema is None else self.ema.applied
-        guard = Guard(lambda: checkpoint.find(self.out))
+        guard, alarm = Guard(lambda: checkpoint.find(self.out)), CollapseAlarm(self.say)
         every = {name: evaluator.every for name, evaluator in self.evaluators.items()}
         self.pictures = Pictures(
             self.out / "pictures", self._draw, self.loggers, every=cfg.picture_steps, weights=weights
@@ -160,7 +161,8 @@ class Training:
         callbacks += [
             Handlers(self.signals),
             guard,
-            Log(self.loggers, lambda: guard.grad_norm),
+            alarm,
+            Log(self.loggers, lambda: guard.grad_norm, lambda: alarm.values),
             RunEvals(every, self._evaluate, self.loggers, weights),
             self.pictures,
             saving,

@@ -138,5 +138,14 @@ def entropy(assignments: Tensor) -> Tensor:
     return -torch.special.xlogy(assignments, assignments).sum(-1)
 
 
+@torch.no_grad()
+def information(assignments: Tensor) -> Tensor:
+    """Nats that assignments (M, K) tell about the sample, scalar: entropy of their mean minus mean of their entropies.
+
+    0 when all samples get the same assignment, be it to one prototype or to all: then the teacher teaches nothing.
+    """
+    return entropy(assignments.mean(0)) - entropy(assignments).mean()
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssl_lab.errors import UserError
-from ssl_lab.losses.distill import Center, cross_views, entropy
+from ssl_lab.losses.distill import Center, cross_views, entropy, information
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.heads import DINOHead
 from ssl_lab.nn.multicrop import by_size
@@ -74,6 +74,7 @@ class DINO(Method):
         logs: dict[str, Tensor | float] = {
             "kl": loss.detach() - floor,
             "teacher_entropy": floor,
+            "teacher_information": information(targets),
             "teacher_temperature": temperature,
         }
         return Step(loss, logs)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
-from ssl_lab.losses.distill import Center, cross_entropy, cross_views, entropy, koleo, sinkhorn
+from ssl_lab.losses.distill import Center, cross_entropy, cross_views, entropy, information, koleo, sinkhorn
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.heads import DINOHead
 from ssl_lab.nn.masking import block_counts, block_mask
@@ -114,7 +114,8 @@ class DINOv2(Method):
         if self.koleo_weight:
             crowding = torch.stack([koleo(part) for part in classes[0].chunk(T)]).sum()
             loss, logs["koleo"] = loss + self.koleo_weight * crowding, crowding.detach()
-        logs |= {"teacher_entropy": uncertainty, "teacher_temperature": temperature}
+        logs |= {"teacher_entropy": uncertainty, "teacher_information": information(image_targets)}
+        logs["teacher_temperature"] = temperature
         return Step(loss, logs)
 
     def after_backward(self, progress: float) -> None:

@@ -66,7 +66,7 @@ class MoCoV3(Method):
         (q1, q2), (k1, k2) = queries, keys
         loss = info_nce(q1, k2, self.temperature) + info_nce(q2, k1, self.temperature)
         # The factor makes the gradient's size independent of the temperature (their pseudocode, algorithm 1).
-        return Step(2 * self.temperature * loss, {"feature_std": feature_std(torch.cat(queries))})
+        return Step(2 * self.temperature * loss, {"projection_std": feature_std(torch.cat(queries))})
 
     def after_step(self, progress: float) -> None:
         """The keys of a step are made by the average of the weights up to that step, as in the official code."""

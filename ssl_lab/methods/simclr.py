@@ -41,7 +41,7 @@ class SimCLR(Method):
         # One pass: batch statistics cover both views, as in the official code.
         z = self.projector(features(self.encoder, torch.cat(batch["views"]), self.pooling))
         z1, z2 = z.chunk(2)
-        return Step(nt_xent(z1, z2, self.temperature), {"feature_std": feature_std(z)})
+        return Step(nt_xent(z1, z2, self.temperature), {"projection_std": feature_std(z)})
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of the whole image, before the projector."""

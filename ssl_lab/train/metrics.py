@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -40,8 +40,13 @@ class Log(L.Callback):
     leaves out evaluations, pictures and checkpoints; time/data_wait is the share of the time spent waiting for data.
     """
 
-    def __init__(self, loggers: Loggers, grad_norm: Callable[[], Tensor | None] = lambda: None) -> None:
-        self._loggers, self._grad_norm = loggers, grad_norm
+    def __init__(
+        self,
+        loggers: Loggers,
+        grad_norm: Callable[[], Tensor | None] = lambda: None,
+        more: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._loggers, self._grad_norm, self._more = loggers, grad_norm, more
         self._busy, self._wait, self._steps, self._start = 0.0, 0.0, 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,6 +71,7 @@ class Log(L.Callback):
 
     def _row(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        row |= self._more()
         groups = trainer.optimizers[0].param_groups
         row |= {f"opt/{name}": max(float(group[name]) for group in groups) for name in ("lr", "weight_decay")}
         if (norm := self._grad_norm()) is not None:
