@@ -1,6 +1,7 @@
 """`ssl-lab evaluate` from the command line: it repeats what training measured, and answers mistakes in one line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,96 @@ def test_baselines_and_all_evaluators_stand_beside_it(run, capsys, monkeypatch):
     assert "raw pixels" in text and "rankme" in text and "lr_0.001" not in text
 
 
+SUITE = {"knn", "linear", "low_shot", "retrieval", "crop_scale", "collapse"}
+FEW = ["eval.low_shot.fractions=[0.5,1]", "eval.low_shot.steps=5"]  # of 40 images
+
+
+def test_a_suite_is_one_table_on_the_screen_and_as_a_file(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["evaluate", "suite=vision", f"ckpt={run}", "baselines=true", *FEW]) == 0
+    found = values(run)
+    for subject, step in (("raw pixels", 0), ("random encoder", 0), ("trained", 4)):
+        assert {e for s, n, e, _ in found if (s, n) == (subject, step)} == SUITE
+    shown, written = capsys.readouterr().out, (run / "table.md").read_text()
+    for (_, _, _, name), value in found.items():
+        if "/" not in name:
+            assert f"{value:#.4g}" in shown and f"{value:#.4g}" in written and name in shown and name in written
+    assert max(len(line) for line in shown.splitlines() if "top1" in line or "raw pixels" in line) <= 80
+    assert (
+        "| raw pixels | random encoder | trained step 4 |" in written
+        and "- retrieval: rows train 40, test 16" in written
+    )
+
+
+def test_features_are_extracted_once_for_all_evaluators_and_pictures(run, monkeypatch):
+    from ssl_lab.data.module import DataModule
+
+    asked, original = [], DataModule.eval_loader
+
+    def eval_loader(self, split, limit=None):
+        asked.append((split, limit))
+        return original(self, split, limit)
+
+    monkeypatch.setattr(DataModule, "eval_loader", eval_loader)
+    assert main(["evaluate", "suite=vision", f"ckpt={run}", *FEW]) == 0
+    crops = 3  # of the test split
+    assert asked.count(("train", None)) == 1 and asked.count(("test", None)) == 1 + crops
+    assert {limit for _, limit in asked} == {None, 8}  # 8 images to look at
+
+
+def test_pictures_are_a_page_that_opens_from_disk(run):
+    assert main(["evaluate", f"ckpt={run}", *KNN]) == 0
+    page = (run / "pictures/index.html").read_text()
+    linked = set(re.findall(r'src="([^"]+)"', page))
+    assert linked == {"neighbours.png", "map.png", "map_images.png", "attention.png", "features.png"}
+    assert all((run / "pictures" / name).stat().st_size > 500 for name in linked)
+    assert "http" not in page and ">knn<" not in page and "<td>trained</td>" in page and "run, trained, step 4" in page
+
+
+def test_pictures_without_our_blocks_or_not_at_all(tmp_path):
+    words = ["method=supervised", "backbone@method.encoder=timm", "method.encoder.name=resnet10t", *KNN]
+    words += [word for word in ARCHITECTURE if word.startswith("data")]
+    assert main(["evaluate", *words, f"out={tmp_path / 'a'}"]) == 0
+    page = (tmp_path / "a/pictures/index.html").read_text()
+    assert "No attention maps: Timm has no blocks of ours" in page and 'src="neighbours.png"' in page
+    assert main(["evaluate", *words, f"out={tmp_path / 'b'}", "pictures=false"]) == 0
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["metrics.json", "table.md"]
+
+
+def test_a_suite_judges_weights_that_timm_wrote(run, tmp_path):
+    assert main(["export", f"ckpt={run}", "to=timm", f"out={tmp_path / 'timm'}"]) == 0
+    words = ["evaluate", "suite=vision", *ARCHITECTURE, *FEW, f"out={tmp_path / 'out'}", "precision=bf16-mixed"]
+    assert main([*words, f"ckpt=timm:local-dir:{tmp_path / 'timm'}"]) == 0
+    assert main(["evaluate", "suite=vision", f"ckpt={run}", *FEW]) == 0
+    theirs, ours = values(tmp_path / "out"), {k: v for k, v in values(run).items() if k[2] != "knn"}
+    theirs = {k[2:]: v for k, v in theirs.items() if k[2] != "knn"}
+    assert theirs == pytest.approx({k[2:]: v for k, v in ours.items()})
+
+
+def test_a_suite_judges_weights_that_transformers_wrote(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    table = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.ViTConfig(**table, image_size=32, patch_size=8)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "hf")
+    words = ["evaluate", "suite=vision", *ARCHITECTURE, *FEW, f"out={tmp_path / 'out'}", "pictures=false"]
+    words.append("method.encoder.positions=learned")
+    assert main([*words, f"ckpt=hf:{tmp_path / 'hf'}"]) == 0
+    assert {(s, e) for s, _, e, _ in values(tmp_path / "out")} == {(f"hf:{tmp_path / 'hf'}", e) for e in SUITE}
+    capsys.readouterr()
+    assert main([*words, f"ckpt=hf:{tmp_path / 'nothing'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"hf:{tmp_path / 'nothing'}" in error and error.count("\n") == 1
+
+
+def test_timm_without_a_network_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    words = ["method=mae", "backbone=vit_ti16", "data=shapes", "data.train.length=8", "data.test.length=8"]
+    assert main(["evaluate", "suite=vision", "ckpt=timm:vit_tiny_patch16_224", *words, f"out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "timm:vit_tiny_patch16_224: no weights (no network)" in error and error.count("\n") == 1
+
+
 def test_weights_without_a_run(run, tmp_path):
     alone = tmp_path / "elsewhere.safetensors"
     shutil.copy(run / "last.safetensors", alone)
@@ -85,6 +176,15 @@ def test_an_untrained_encoder_depends_on_the_seed_alone(tmp_path):
         (["ckpt=RUN", "device=abacus"], "device=abacus"),
         (["ckpt=RUN", "+data.batch_size=0"], "data.batch_size is 0"),
         (["ckpt=RUN/metrics.json"], "metrics.json"),
+        (["ckpt=RUN", "suite=vison"], "suite=vison does not exist; did you mean vision?"),
+        (["ckpt=RUN", "projection=tsne"], "projection=tsne does not exist; there are pca, umap"),
+        (["ckpt=RUN", "suite=vision", "eval.low_shot.fractions=[2]"], "low_shot.fractions=[2]"),
+        (
+            ["ckpt=runs/no_such.safetensors", "suite=vision"],
+            "a run folder, a .ckpt, a .safetensors, timm:<name> or hf:",
+        ),
+        (["ckpt=timm:vit_tiny_patch16_224", "suite=vision"], "weights alone need a method whose encoder they fit"),
+        (["ckpt=timm:vit_tinny_patch16_224", "suite=vision", *ARCHITECTURE], "timm has no model"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(run, capsys, words, message):
@@ -111,7 +211,7 @@ def documented():
 def test_documented_commands_compose(command):
     verb, words = verb_of(command.split()[1:], [conf_folder()])
     cfg = compose(verb or "train", words, [conf_folder()])
-    assert set(cfg.eval) <= {"knn", "linear", "collapse", "finetune"}
+    assert set(cfg.eval) <= {"knn", "linear", "collapse", "finetune", "low_shot", "retrieval", "crop_scale"}
 
 
 def test_rows_are_plain_json(trained):

@@ -117,9 +117,9 @@ def colour(c: int) -> str:
 
 
 def _placed(points: Tensor, margin: float = _MARGIN) -> Tensor:
-    """Places (N, 2) -> pixels (x to the right, y down); outliers beyond the 0.5th percentile move to the edge."""
+    """Places (N, 2) -> pixels (x to the right, y down); outliers beyond the 0.1th percentile move to the edge."""
     points = points.double()
-    low, high = (torch.quantile(points, q, dim=0) for q in (0.005, 0.995))
+    low, high = (torch.quantile(points, q, dim=0) for q in (0.001, 0.999))
     spread = high - low
     share = torch.where(spread > 0, (points - low) / torch.where(spread > 0, spread, 1.0), 0.5).clamp(0, 1)
     share[:, 1] = 1 - share[:, 1]

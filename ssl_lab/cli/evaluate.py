@@ -1,5 +1,6 @@
 """`ssl-lab evaluate`: judge a run, a checkpoint, imported weights or an untrained encoder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def run(cfg: DictConfig) -> None:
         if cfg.baselines and spec is not None:
             judge(method, step, subject)
         if spec is not None:
+            watch.say(f"reading {spec}")
             step, subject = _load(method, spec, has_run=folder is not None)
         round = judge(method, step, subject)
         write(out / "metrics.json", rows)
@@ -109,7 +111,10 @@ def _laid_over(saved: Plain, given: Plain, part: str) -> Plain:
     if "_target_" not in new:
         new = OmegaConf.to_container(OmegaConf.merge(saved.get(part, {}), new))  # type: ignore[assignment]
     if "_target_" not in new:
-        raise UserError(f"{part} is not known: choose {part}=NAME, or give ckpt=<run folder>, which brings its own")
+        raise UserError(
+            f"{part} is not known: choose {part}=NAME, or give ckpt=<run folder>, which brings its own; weights alone "
+            "need a method whose encoder they fit, e.g. method=mae backbone=vit_b16 data=cifar10 data.image_size=224"
+        )
     return new
 
 
@@ -120,6 +125,7 @@ def _load(method: Any, spec: str, *, has_run: bool) -> tuple[int, str]:
     if found is None or not has_run:  # weights of an encoder alone
         if not isinstance(getattr(method, "encoder", None), nn.Module):
             raise UserError(f"{type(method).__name__} has no encoder that ckpt={spec} could fill; give a run folder")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when the end is one line of ours
         io.load(method.encoder, spec)
         return 0, spec
     content = checkpoint.read(found)

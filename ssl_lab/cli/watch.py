@@ -34,9 +34,13 @@ class Extraction(Watch):
     def __exit__(self, *reason: object) -> None:
         self._status.stop()
 
+    def say(self, doing: str) -> None:
+        """Shown on a terminal until something else is, not at all elsewhere."""
+        self._status.update(doing)
+
     def begin(self, evaluator: str) -> None:
-        """Shown at once on a terminal, not at all elsewhere: most evaluators take seconds."""
-        self._status.update(f"{self.subject}: {evaluator}")
+        """An evaluator starts: most take seconds."""
+        self.say(f"{self.subject}: {evaluator}")
 
     def rows(self, split: Split, done: int, limit: int | None) -> None:
         """Shown every now and then, with the speed."""
@@ -52,6 +56,6 @@ class Extraction(Watch):
         rate = (done - self._first) / max(now - self._begun, 1e-9)
         text = f"{self.subject}: features of {split}, {done:,} of {total:,} images, {rate:,.0f} a second"
         if self._console.is_terminal:
-            self._status.update(text)
+            self.say(text)
         else:
             self._console.print(text, highlight=False, soft_wrap=True)
