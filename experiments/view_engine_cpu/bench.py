@@ -1,5 +1,7 @@
 """Time the views of a recipe beside torchvision and kornia: same images, same probabilities, same blur, one thread.
 
+The processor time of the process counts, not the clock on the wall: other processes may run beside it.
+
 python experiments/view_engine_cpu/bench.py --case simclr_224 --rounds 9 --out simclr_224.json
 """
 
@@ -94,6 +96,7 @@ def kornia_view(view: View, size: int, taps: int, stats: str) -> nn.Module:
 def pipelines(views: MultiView, images: Tensor) -> dict[str, Callable[[int], list[Tensor]]]:
     """Name -> a function of the round that makes all views of all images."""
     count = len(images)
+    kinds = [(view, size) for view, size in views.kinds for _ in range(view.count)]
     planes, pixels = list(images), [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in images]
     made: dict[str, Callable[[int], list[Tensor]]] = {
         "ours": lambda n: views(images, torch.arange(n * count, (n + 1) * count), 0)["views"],
@@ -102,10 +105,7 @@ def pipelines(views: MultiView, images: Tensor) -> dict[str, Callable[[int], lis
     }
 
     def one_by_one(kind: str, samples: list) -> Callable[[int], list[Tensor]]:  # type: ignore[type-arg]
-        chains = [
-            torchvision_view(view, size, kind, 2 * view.radius(size) + 1, views.stats)
-            for view, size in zip(views.views, views.sizes, strict=True)
-        ]
+        chains = [torchvision_view(view, size, kind, 2 * view.radius(size) + 1, views.stats) for view, size in kinds]
         return lambda n: [torch.stack([chain(sample) for sample in samples]) for chain in chains]
 
     for kind in ("uint8", "float"):
@@ -113,10 +113,7 @@ def pipelines(views: MultiView, images: Tensor) -> dict[str, Callable[[int], lis
         made[f"torchvision {kind}, interleaved"] = one_by_one(kind, pixels)
     made["torchvision on PIL, PIL blur"] = one_by_one("pil", [F.to_pil_image(x) for x in images])
     try:
-        chains = [
-            kornia_view(view, size, 2 * view.radius(size) + 1, views.stats)
-            for view, size in zip(views.views, views.sizes, strict=True)
-        ]
+        chains = [kornia_view(view, size, 2 * view.radius(size) + 1, views.stats) for view, size in kinds]
         made["kornia"] = lambda n: [chain(images.float().div_(255)) for chain in chains]
     except ImportError:
         print("kornia is not installed: left out")
@@ -139,10 +136,10 @@ def main() -> None:
     for turn in range(args.rounds + 1):
         for name, make in made.items():
             torch.manual_seed(turn)
-            start = time.perf_counter()
+            start = time.process_time()
             make(turn)
             if turn:  # the first round warms up
-                times[name].append((time.perf_counter() - start) / count * 1e3)
+                times[name].append((time.process_time() - start) / count * 1e3)
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name, value in middle.items():
         print(f"{args.case:18s} {name:32s} {value:8.3f} ms per image   {value / middle[next(iter(made))]:6.2f} x")

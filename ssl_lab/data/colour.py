@@ -4,8 +4,6 @@ They equal torchvision's functionals of the same name on float images, with few 
 through hue, saturation and value, and no clamp where nothing can leave the range.
 """
 
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
@@ -39,19 +37,21 @@ def adjust_(x: Tensor, which: int, factor: float) -> None:
 def jitter_(x: Tensor, order: Tensor, factors: Tensor) -> None:
     """Brightness, contrast, saturation and hue on (B, 3, H, W), in the order that (B, 4) int64 `order` gives.
 
-    `factors` (B, 4) float32 are those of the four operations; both lie on the CPU. Samples that lie side by side and
-    have their hue shifted at the same place of the order are done together, so sort them by `hue_place` beforehand.
+    `factors` (B, 4) float32 are those of the four operations; both lie on the CPU. Samples must be sorted by
+    `hue_place`, so that those with an operation before the hue, and those with it after, lie side by side.
     """
-    place = hue_place(order).tolist()
-    for step in range(4):
-        start = 0
-        for at_hue, group in groupby(p == step for p in place):
-            part = slice(start, start + len(list(group)))
-            start = part.stop
-            if at_hue:
-                _hues_(x[part], factors[part, HUE])
-            else:
-                _linear_(x[part], order[part, step], factors[part])
+    if not len(x):
+        return
+    place = hue_place(order)
+    others = order[order != HUE].view(-1, 3)
+    factor = factors.gather(1, others)
+    parts = [_Blend(x, factor[:, k], others[:, k]) for k in range(3)]
+    starts = [int((place <= k).sum()) for k in range(3)]
+    for blend, start in zip(parts, starts, strict=True):
+        blend(slice(start, None))
+    _hues_(x, factors[:, HUE])
+    for blend, stop in zip(parts, starts, strict=True):
+        blend(slice(0, stop))
 
 
 def hue_place(order: Tensor) -> Tensor:
@@ -59,17 +59,24 @@ def hue_place(order: Tensor) -> Tensor:
     return (order == HUE).int().argmax(1)
 
 
-def _linear_(x: Tensor, which: Tensor, factors: Tensor) -> None:
+class _Blend:
     """x <- f x + (1 - f) other, where other is 0 (brightness), the mean grey (contrast) or the grey (saturation)."""
-    factor = factors.gather(1, which[:, None])[:, 0]
-    if (factor == 1).all():
-        return
-    amount = _column((1 - factor) * (which != BRIGHTNESS), x)
-    luma = grey(x)
-    other = torch.where(_column(which == CONTRAST, x), luma.mean((2, 3), keepdim=True), luma)
-    x.mul_(_column(factor, x)).add_(other.mul_(amount))
-    if (factor > 1).any():
-        x.clamp_(0, TOP)
+
+    def __init__(self, x: Tensor, factor: Tensor, which: Tensor):
+        self.x, self.idle, self.clamps = x, bool((factor == 1).all()), bool((factor > 1).any())
+        self.factor, self.amount = _column(factor, x), _column((1 - factor) * (which != BRIGHTNESS), x)
+        self.contrast = _column(which == CONTRAST, x)
+
+    def __call__(self, part: slice) -> None:
+        """Do so on a part of the samples."""
+        x = self.x[part]
+        if self.idle or not len(x):
+            return
+        luma = grey(x)
+        other = torch.where(self.contrast[part], luma.mean((2, 3), keepdim=True), luma)
+        x.mul_(self.factor[part]).add_(other.mul_(self.amount[part]))
+        if self.clamps:
+            x.clamp_(0, TOP)
 
 
 def _hues_(x: Tensor, shift: Tensor) -> None:

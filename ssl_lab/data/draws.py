@@ -112,13 +112,14 @@ class Draws:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def draw(view: View, seed: int, number: int, position: Tensor, height: Tensor, width: Tensor) -> Draws:
-    """(B,) int64 positions and image sides, on the CPU -> the numbers of view `number`.
+def draw(view: View, seed: int, numbers: Sequence[int], position: Tensor, height: Tensor, width: Tensor) -> Draws:
+    """(B,) int64 positions and image sides, on the CPU -> the numbers of the views `numbers`, one view after the other.
 
     They follow torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter in RandomApply, RandomGrayscale,
     GaussianBlur in RandomApply and RandomSolarize.
     """
-    u = uniform(fold(seed, number), position, BOX_DRAWS + 14)
+    u = torch.cat([uniform(fold(seed, number), position, BOX_DRAWS + 14) for number in numbers])
+    height, width = height.repeat(len(numbers)), width.repeat(len(numbers))
     flip, jitter, grey, blur, sigma, solarize = u[:, BOX_DRAWS : BOX_DRAWS + 6].unbind(1)
     strength = torch.tensor(view.jitter, dtype=torch.float64)
     low, high = (1 - strength).clamp(min=0), 1 + strength

@@ -8,7 +8,7 @@ any device and without a loop over samples.
 import torch
 from torch import Tensor
 
-_CHUNK = 64  # samples done at once on a CPU, so that all between input and output stays in its cache
+_CHUNK = 1 << 18  # values done at once on a CPU, so that all between input and output stays in its cache
 
 
 def resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation: str) -> Tensor:
@@ -18,7 +18,7 @@ def resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation
     of bicubic clipped.
     """
     out = images.new_empty((*images.shape[:2], size, size), dtype=torch.float32)
-    step = _CHUNK if images.device.type == "cpu" else len(images)
+    step = max(1, _CHUNK // (3 * max(size, *images.shape[2:]) ** 2)) if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         out[part] = _resample(images[part], box[part], flip[part], size, interpolation)

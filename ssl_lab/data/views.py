@@ -6,7 +6,7 @@ the same sample looks the same in a worker, in the main process and on the train
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -99,8 +99,8 @@ class MultiView:
         for name, view in views.items():
             if not isinstance(view, View):
                 raise UserError(f"{name} is no View: beside size, multiple_of, interpolation and stats all are views")
-        self.views = [view for view in views.values() for _ in range(view.count)]
-        self.sizes = [view.side(size, multiple_of) for view in self.views]
+        self.kinds = [(view, view.side(size, multiple_of)) for view in views.values() if view.count]
+        self.sizes = [side for view, side in self.kinds for _ in range(view.count)]
         if not self.sizes:
             raise UserError("there are no views: set the count of at least one to 1 or more")
         if self.sizes != sorted(self.sizes, reverse=True):
@@ -108,31 +108,49 @@ class MultiView:
 
     def __call__(self, images: Images, position: Tensor, seed: int) -> Batch:
         """Images are uint8, or float32 in 0..255."""
-        place, (height, width) = position.cpu(), sides(images)
-        draws = [draw(view, seed, number, place, height, width) for number, view in enumerate(self.views)]
-        out = [torch.empty((len(place), 3, size, size), device=images[0].device) for size in self.sizes]
-        single = [v for v, size in enumerate(self.sizes) if not in_batches(images, size)]
-        rows = {v: draws[v].rows() for v in single}
-        for i, image in enumerate(images if single else ()):
-            image = interleaved(image) if len(single) > 1 else image
-            for v in single:
-                one = rows[v][i]
-                crop_into(out[v][i], image, one["box"], one["flip"], self.interpolation)
-                recolour_one_(out[v][i], one, self.views[v].radius(self.sizes[v]))
-                normalize_(out[v][i : i + 1], self.stats)
-        for v, size in enumerate(self.sizes):
+        count, place, (height, width) = len(images), position.cpu(), sides(images)
+        made: list[Tensor] = []
+        single: list[_Kind] = []
+        for view, size in self.kinds:
+            numbers = range(len(made), len(made) + view.count)
+            draws = draw(view, seed, numbers, place, height, width)
+            out = torch.empty((view.count * count, 3, size, size), device=images[0].device)
             if in_batches(images, size):
-                self._batch(images, draws[v], self.views[v], out[v])
-        return {"views": out}
+                self._batch(images, draws, view.radius(size), out)
+            else:
+                single.append(_Kind(draws.rows(), view.radius(size), out))
+            made += out.split(count)
+        if single:
+            several = len(made) > 1
+            for i, image in enumerate(images):
+                self._one(interleaved(image) if several else image, i, count, single)
+        return {"views": made}
 
-    def _batch(self, images: Tensor, draws: Draws, view: View, out: Tensor) -> None:
+    def _batch(self, images: Tensor, draws: Draws, radius: int, out: Tensor) -> None:
         size = out.shape[-1]
         rows = torch.argsort(torch.where(draws.jitter, hue_place(draws.order), 4), stable=True)
         for part in rows.split(max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(rows)):
             drawn, where = draws.take(part), part.to(out.device)
-            x = crop(images[where], drawn.box, drawn.flip, size, self.interpolation)
-            recolour_(x, drawn, view.radius(size))
-            out[where] = normalize_(x, self.stats)
+            x = crop(images.index_select(0, where % len(images)), drawn.box, drawn.flip, size, self.interpolation)
+            recolour_(x, drawn, radius)
+            out.index_copy_(0, where, normalize_(x, self.stats))
+
+    def _one(self, image: Tensor, i: int, count: int, kinds: "list[_Kind]") -> None:
+        """All views of image `i` of `count`: it stays in the cache, and so does each view until it is done."""
+        for kind in kinds:
+            for row in range(i, len(kind.out), count):
+                drawn, x = kind.rows[row], kind.out[row]
+                crop_into(x, image, drawn["box"], drawn["flip"], self.interpolation)
+                recolour_one_(x, drawn, kind.radius)
+                normalize_(x[None], self.stats)
+
+
+class _Kind(NamedTuple):
+    """Views drawn alike: numbers of each (view-major), taps of the blur on each side, where the pixels go."""
+
+    rows: list[dict[str, Any]]
+    radius: int
+    out: Tensor
 
 
 class Resize:
@@ -169,14 +187,14 @@ def recolour_(x: Tensor, draws: Draws, radius: int) -> None:
         if not len(rows):
             continue
         where = rows.to(x.device)
-        some = x[where]
+        some = x.index_select(0, where)
         if name == "grey":
             some = grey(some).expand_as(some)
         elif name == "blur":
             some = blur(some, draws.sigma[rows], radius)
         else:
             solarize_(some)
-        x[where] = some
+        x.index_copy_(0, where, some)
 
 
 def recolour_one_(x: Tensor, one: dict[str, Any], radius: int) -> None:
