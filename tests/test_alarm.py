@@ -64,7 +64,7 @@ def test_the_alarm_sounds_once_in_a_collapsed_run_and_not_in_a_good_one():
     said, values = fit(good)
     assert not said and values["train/feature_std"] > 0.05
     dead = build("simclr")
-    dead.optim = Optim(lr=0.0, warmup=0.0)
+    dead.optim = Optim(lr=1e-12, warmup=0.0)
     torch.nn.init.zeros_(dead.encoder.norm.weight)
     torch.nn.init.ones_(dead.encoder.norm.bias)
     said, values = fit(dead)

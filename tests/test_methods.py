@@ -67,7 +67,7 @@ def run(method: Method, steps: int, lr: float = 3e-3, *, teacher_moves: bool = T
         if teacher_moves:
             method.after_step(i / steps)
         # Distillation: below its teacher's entropy a loss cannot fall.
-        losses.append(float(step.logs.get("kl", step.loss)))
+        losses.append(float(step.logs.get("kl", step.loss.detach())))
     return losses
 
 
