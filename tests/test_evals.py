@@ -10,13 +10,13 @@ from torch import nn
 from vectors import FakeData, clusters, run, shuffled_labels
 
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Round, accuracy, evaluating, require
+from ssl_lab.evals.base import Round, Watch, accuracy, evaluating, require
 from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.features import gather_rows, unique_rows
 from ssl_lab.evals.knn import KNN, knn_votes
 from ssl_lab.evals.linear import Linear, fit, standardized
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.runner import run_all
+from ssl_lab.evals.runner import run_all, run_round
 from ssl_lab.spread import feature_std, rankme
 
 # ---- kNN
@@ -154,6 +154,35 @@ def test_another_limit_is_another_extraction():
     data = FakeData(*clusters())
     rows = run_all({"a": KNN(), "b": KNN(limit=10)}, Pixels(), data)
     assert len(data.asked) == 4 and rows[-1].samples == {"train": 10, "test": 10} and rows[-1].protocol["limit"] == 10
+
+
+def test_features_at_hand_are_the_most_there_are():
+    data = FakeData(*clusters())
+    round = Round(Pixels(), data)
+    assert len(round.at_hand("test", 20).y) == 20 and data.asked == ["test"]
+    round.features("test", 50)
+    assert len(round.at_hand("test", 30).y) == 50 and len(round.at_hand("test", 60).y) == 60
+    round.features("test")
+    assert len(round.at_hand("test", 30).y) == 128 and len(data.asked) == 4
+
+
+def test_an_evaluator_starts_and_rows_are_counted_for_whoever_watches():
+    class Seen(Watch):
+        def __init__(self):
+            self.said = []
+
+        def begin(self, evaluator):
+            self.said.append(evaluator)
+
+        def rows(self, split, done, limit):
+            self.said.append((split, done, limit))
+
+    seen = Seen()
+    run_round(
+        {"knn": KNN(limit=20), "collapse": Collapse(limit=20)}, Round(Pixels(), FakeData(*clusters()), watch=seen)
+    )
+    steps = [("train", 16, 20), ("train", 20, 20), ("test", 16, 20), ("test", 20, 20)]
+    assert seen.said == ["knn", *steps, "collapse"]
 
 
 def test_rows_are_sorted_and_deduplicated_by_index():

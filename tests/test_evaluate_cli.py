@@ -1,5 +1,6 @@
 """`ssl-lab evaluate` from the command line: it repeats what training measured, and answers mistakes in one line."""
 
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from training import TINY
 
 from ssl_lab.cli.catalog import conf_folder
@@ -212,6 +214,24 @@ def test_documented_commands_compose(command):
     verb, words = verb_of(command.split()[1:], [conf_folder()])
     cfg = compose(verb or "train", words, [conf_folder()])
     assert set(cfg.eval) <= {"knn", "linear", "collapse", "finetune", "low_shot", "retrieval", "crop_scale"}
+
+
+def test_a_long_extraction_is_shown(monkeypatch):
+    from ssl_lab.cli import watch
+
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    with watch.Extraction(console, {"train": 5000, "test": 100}) as shown:
+        shown.subject = "trained"
+        for done in range(100, 5001, 100):
+            now[0] += 1.0
+            shown.rows("train", done, None)
+        shown.begin("knn")
+        for done in (50, 100):
+            now[0] += 20
+            shown.rows("test", done, 60)
+    assert console.file.getvalue() == "trained: features of train, 3,100 of 5,000 images, 100 a second\n"
 
 
 def test_rows_are_plain_json(trained):

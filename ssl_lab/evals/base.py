@@ -133,8 +133,9 @@ class Round:
         return found
 
     def at_hand(self, split: Split, limit: int) -> Features:
-        """Features of the whole split if somebody asked for them before, else of `limit` of its rows."""
-        return self.features(split) if (split, None) in self._cache else self.features(split, limit)
+        """The most features of a split that somebody asked for before, if these are `limit` or all; else of so many."""
+        known = [n for s, n in self._cache if s == split and (n is None or n >= limit)]
+        return self.features(split, limit if not known else None if None in known else max(n for n in known if n))
 
     def labelled(self, split: Split, limit: int | None = None) -> Features:
         """The rows of `features` that have a class, on the method's device.
