@@ -35,14 +35,10 @@ def make(views: MultiView, images: Any, position: Tensor, seed: int = 5) -> list
     return views(images, position, seed)["views"]
 
 
-def each_view(views: MultiView) -> list[View]:
-    return [view for view, _ in views.kinds for _ in range(view.count)]
-
-
-def by_torchvision(image: Tensor, view: View, number: int, position: int, seed: int, size: int) -> Tensor:
+def by_torchvision(image: Tensor, view: View, kind: int, row: int, position: int, seed: int, size: int) -> Tensor:
     """One view of one float image (3, H, W) in 0..255, operation by operation, not normalised."""
     height, width = (torch.tensor([n]) for n in image.shape[1:])
-    d = draw(view, seed, [number], torch.tensor([position]), height, width)
+    d = draw(view, seed, kind, torch.tensor([position]), height, width).take(torch.tensor([row]))
     top, left, h, w = d.box[0].tolist()
     x = F.resized_crop(image, top, left, h, w, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     x = x.clamp(0, 255) / 255
@@ -66,10 +62,10 @@ def test_views_equal_a_chain_of_torchvisions_functionals() -> None:
     images, position, views = pictures(24, 40, 52), torch.arange(1000, 1024), multicrop(stats="half")
     got = make(views, images, position)
     assert [x.shape[-1] for x in got] == [32, 12, 12, 12]
-    for number, (view, ours) in enumerate(zip(each_view(views), got, strict=True)):
-        size = ours.shape[-1]
+    drawn = [(view, kind, row) for kind, (view, _) in enumerate(views.kinds) for row in range(view.count)]
+    for recipe, ours in zip(drawn, got, strict=True):
         want = [
-            by_torchvision(image.float(), view, number, place, 5, size)
+            by_torchvision(image.float(), *recipe, place, 5, ours.shape[-1])
             for image, place in zip(images, position.tolist(), strict=True)
         ]
         assert far_apart(ours, normalize_(torch.stack(want), "half"), 1e-4) < 2e-4
@@ -130,7 +126,7 @@ def test_draws_follow_torchvision() -> None:
     count = 20000
     view = View(jitter=(0.8, 1.5, 0.2, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.1, blur_sigma=(0.1, 2))
     side = torch.full((count,), 32)
-    d = draw(view, 0, [3], torch.arange(count), side, side)
+    d = draw(view, 0, 3, torch.arange(count), side, side)
     shares = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.1}
     for name, share in shares.items():
         assert abs(float(getattr(d, name).float().mean()) - share) < 4 * (share * (1 - share) / count) ** 0.5, name

@@ -80,14 +80,16 @@ class _Blend:
 
 
 def _hues_(x: Tensor, shift: Tensor) -> None:
-    """Turn the hue of each sample by its own (B,) shift."""
-    turns = torch.tensor([_turn(s) for s in shift.tolist()], dtype=torch.float32)
+    """Turn the hue of each sample by its own (B,) shift: `_turn` for tensors, and `_hue_`."""
+    swaps = (3 * shift).round().clamp_(-1, 1)
     for swap in (-1, 1):
-        rows = (turns[:, 0] == swap).nonzero()[:, 0].to(x.device)
+        rows = (swaps == swap).nonzero()[:, 0].to(x.device)
         if len(rows):
-            x[rows] = x[rows].roll(swap, 1)
-    after, before, rest = (_column(column, x) for column in turns[:, 1:].unbind(1))
-    _hue_(x, after, before, rest)
+            x.index_copy_(0, rows, x.index_select(0, rows).roll(swap, 1))
+    d = 6 * shift - 2 * swaps
+    inner, ones = 1 - 2 * d.abs(), torch.ones_like(d)
+    after, before = torch.where(d >= 0, ones, inner), torch.where(d >= 0, inner, ones)
+    _hue_(x, _column(after, x), _column(before, x), _column(1 - d.abs(), x))
 
 
 def _turn(shift: float) -> tuple[int, float, float, float]:

@@ -15,6 +15,7 @@ from ssl_lab.data.crop import BOX_DRAWS, boxes, check_range
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold, uniform
 
+_DRAWS = BOX_DRAWS + 14  # of one view
 _SIGMAS = 4  # a Gaussian cut off there has lost 6e-5 of its mass
 
 
@@ -112,14 +113,15 @@ class Draws:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def draw(view: View, seed: int, numbers: Sequence[int], position: Tensor, height: Tensor, width: Tensor) -> Draws:
-    """(B,) int64 positions and image sides, on the CPU -> the numbers of the views `numbers`, one view after the other.
+def draw(view: View, seed: int, number: int, position: Tensor, height: Tensor, width: Tensor) -> Draws:
+    """(B,) int64 positions and image sides, on the CPU -> numbers of recipe `number`: B for each of its views in turn.
 
     They follow torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter in RandomApply, RandomGrayscale,
     GaussianBlur in RandomApply and RandomSolarize.
     """
-    u = torch.cat([uniform(fold(seed, number), position, BOX_DRAWS + 14) for number in numbers])
-    height, width = height.repeat(len(numbers)), width.repeat(len(numbers))
+    u = uniform(fold(seed, number), position, view.count * _DRAWS)
+    u = u.view(-1, view.count, _DRAWS).transpose(0, 1).reshape(-1, _DRAWS)
+    height, width = height.repeat(view.count), width.repeat(view.count)
     flip, jitter, grey, blur, sigma, solarize = u[:, BOX_DRAWS : BOX_DRAWS + 6].unbind(1)
     strength = torch.tensor(view.jitter, dtype=torch.float64)
     low, high = (1 - strength).clamp(min=0), 1 + strength

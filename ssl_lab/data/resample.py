@@ -27,8 +27,12 @@ def resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation
 
 def _resample(images: Tensor, box: Tensor, flip: Tensor, size: int, interpolation: str) -> Tensor:
     b, channels, height, width = images.shape
-    rows = weights(box[:, 0], box[:, 2], height, size, interpolation)
-    columns = weights(box[:, 1], box[:, 3], width, size, interpolation)
+    if height == width:
+        both = weights(box[:, :2].T.reshape(-1), box[:, 2:].T.reshape(-1), height, size, interpolation)
+        rows, columns = both[:b], both[b:]
+    else:
+        rows = weights(box[:, 0], box[:, 2], height, size, interpolation)
+        columns = weights(box[:, 1], box[:, 3], width, size, interpolation)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     x = images.float().reshape(b, channels * height, width) @ columns.transpose(1, 2)
     x = torch.matmul(rows[:, None], x.reshape(b, channels, height, size))

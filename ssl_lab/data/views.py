@@ -111,9 +111,8 @@ class MultiView:
         count, place, (height, width) = len(images), position.cpu(), sides(images)
         made: list[Tensor] = []
         single: list[_Kind] = []
-        for view, size in self.kinds:
-            numbers = range(len(made), len(made) + view.count)
-            draws = draw(view, seed, numbers, place, height, width)
+        for number, (view, size) in enumerate(self.kinds):
+            draws = draw(view, seed, number, place, height, width)
             out = torch.empty((view.count * count, 3, size, size), device=images[0].device)
             if in_batches(images, size):
                 self._batch(images, draws, view.radius(size), out)
