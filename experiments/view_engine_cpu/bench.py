@@ -2,7 +2,7 @@
 
 The processor time of the process counts, not the clock on the wall: other processes may run beside it.
 
-python experiments/view_engine_cpu/bench.py --case simclr_224 --rounds 9 --out simclr_224.json
+python experiments/view_engine_cpu/bench.py --case simclr_224 --rounds 7 --out results.jsonl
 """
 
 import argparse
@@ -144,8 +144,10 @@ def main() -> None:
     for name, value in middle.items():
         print(f"{args.case:18s} {name:32s} {value:8.3f} ms per image   {value / middle[next(iter(made))]:6.2f} x")
     if args.out:
-        record = {"case": args.case, "sizes": views.sizes, "images": count, "ms_per_image": times, "median": middle}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        shown = {name: [round(value, 4) for value in values] for name, values in times.items()}
+        record = {"case": args.case, "sizes": views.sizes, "images": count, "ms_per_image": shown}
+        with args.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
