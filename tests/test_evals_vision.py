@@ -73,10 +73,17 @@ def test_too_few_rows_are_told_and_the_other_fraction_goes_on():
     rows = run_all({"it": LowShot()}, Pixels(), FakeData(*clusters(per_class=30)), say=said.append)
     assert {r.name for r in rows} == {"top1_10pct", "knn_10pct", "chosen/lr_10pct", "chosen/rows_10pct"}
     assert said == [
-        "evaluator it: 1 % of 120 labelled training rows leaves 0 of some class, at least 2 are needed",
+        "evaluator it: 1 % of 120 labelled training rows leaves 0 of each class, at least 2 are needed",
     ]
     assert run_all({"it": LowShot()}, Pixels(), FakeData(*clusters(per_class=3)), say=said.append) == []
     assert said[1].startswith("evaluator it skipped: 1 % of 12") and "10 % of 12" in said[1]
+
+
+def test_one_rare_class_spoils_nothing():
+    (x, y), test = clusters(per_class=100)
+    rare = torch.cat([(y != 3).nonzero()[:, 0], (y == 3).nonzero()[:1, 0]])
+    values = run(LowShot(fractions=(0.1,)), FakeData((x[rare], y[rare]), test))
+    assert values["chosen/rows_10pct"] == 3 * 8 + 1 and values["top1_10pct"] > 75
 
 
 def test_unreasonable_settings_are_named():

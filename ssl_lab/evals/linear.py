@@ -127,10 +127,15 @@ def fit(
 
 
 def standardized(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """`x` (N, D) with zero mean and unit variance per feature, and the others by the same shift and scale.
+    """`x` (N, D) with zero mean and unit variance per feature, and the others by the same shift and scale."""
+    mean, scale = scaling(x)
+    return tuple((part - mean) * scale for part in (x, *others))
 
-    A feature that is constant up to rounding becomes 0.
+
+def scaling(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) -> mean (D,) and the reciprocal of the standard deviation (D,).
+
+    It is 0 for a feature that is constant up to rounding.
     """
     mean, std = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(std > 1e-6 * (mean.abs() + std.max()), 1 / std, 0.0)
-    return tuple((part - mean) * scale for part in (x, *others))
+    return mean, torch.where(std > 1e-6 * (mean.abs() + std.max()), 1 / std, 0.0)

@@ -12,7 +12,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy
 from ssl_lab.evals.features import num_classes
 from ssl_lab.evals.knn import knn_votes
-from ssl_lab.evals.linear import Heads, fit, standardized
+from ssl_lab.evals.linear import Heads, fit, scaling
 from ssl_lab.types import Embeds
 
 
@@ -30,7 +30,7 @@ class LowShot(Common):
         fractions: shares of the labelled training rows, each in (0, 1].
         rates: peak learning rates, each followed by a cosine to 0.
         steps: of AdamW, at least.
-        folds: of the cross-validation, fewer where a class has fewer rows.
+        folds: of the cross-validation, at most as many as there are rows of each class.
         batch_size: rows per step.
         standardize: by mean and deviation of every feature over the whole training split, which needs no labels.
         k: neighbours that vote in kNN on the same rows, at most as many as a class has.
@@ -75,29 +75,29 @@ class LowShot(Common):
     def run(self, round: Round) -> dict[str, float]:
         """Percent of test rows: `top1_1pct`, `knn_1pct`, ...; as details the rate and the number of rows.
 
-        A fraction that leaves less than 2 rows of a class is left out with a note.
+        A fraction that leaves less than 2 rows of each class is left out with a note.
 
         Raises:
             Skip: every fraction does, or there are no labels.
         """
         train, test = round.labelled("train", self.limit), round.labelled("test", self.limit)
         classes = num_classes(train, test)
-        x, x_test = standardized(train.x, test.x) if self.standardize else (train.x, test.x)
+        mean, scale = scaling(train.x) if self.standardize else (torch.zeros(()), torch.ones(()))
         values: dict[str, float] = {}
         reasons = []
         for fraction in self.fractions:
             name = f"{100 * fraction:g}pct"
-            rows = balanced(train.y, fraction, self.seed)
-            smallest = int(train.y[rows].unique(return_counts=True)[1].min()) if len(rows) else 0
-            if smallest < 2:
+            rows, each = balanced(train.y, fraction, self.seed), per_class(train.y, fraction)
+            if each < 2:
                 reasons.append(
-                    f"{100 * fraction:g} % of {len(train.y)} labelled training rows leaves {smallest} of some class, "
-                    "at least 2 are needed"
+                    f"{100 * fraction:g} % of {len(train.y)} labelled training rows leaves {each} of each class, at "
+                    "least 2 are needed"
                 )
                 continue
-            heads, best = self._probe(x[rows], train.y[rows], classes, min(self.folds, smallest))
-            values[f"top1_{name}"] = accuracy(heads(x_test)[best], test.y)["top1"]
-            votes = knn_votes(train.x[rows], train.y[rows], test.x, classes, min(self.k, smallest), self.temperature)
+            x = (train.x[rows] - mean) * scale
+            heads, best = self._probe(x, train.y[rows], classes, min(self.folds, each))
+            values[f"top1_{name}"] = accuracy(heads((test.x - mean) * scale)[best], test.y)["top1"]
+            votes = knn_votes(train.x[rows], train.y[rows], test.x, classes, min(self.k, each), self.temperature)
             values[f"knn_{name}"] = accuracy(votes, test.y)["top1"]
             values |= {f"chosen/lr_{name}": float(self.rates[best]), f"chosen/rows_{name}": float(len(rows))}
         if not values:
@@ -119,14 +119,18 @@ class LowShot(Common):
         return fit(x, y, classes, self.rates, passes, self.batch_size, 0.0, self.seed)
 
 
+def per_class(y: Tensor, fraction: float) -> int:
+    """Classes (N,) -> rows of each class in a balanced share of them, round(fraction * N / classes)."""
+    return round(fraction * len(y) / len(y.unique()))
+
+
 def balanced(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """Classes (N,) -> ascending rows (M,) int64 of a seeded subset with round(fraction * N / classes) rows of each.
+    """Classes (N,) -> ascending rows (M,) int64 of a seeded subset with `per_class` rows of each.
 
     A class that has fewer gives all it has. The draw of a smaller fraction lies within that of a larger one.
     """
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    each = round(fraction * len(y) / len(y.unique()))
-    return order[ranks(y[order]) < each].sort().values
+    return order[ranks(y[order]) < per_class(y, fraction)].sort().values
 
 
 def ranks(y: Tensor) -> Tensor:
