@@ -104,7 +104,8 @@ class DINOv2(Method):
         dino = cross_views(logits, image_targets.unflatten(0, (T, -1)), self.student_temperature)
         # Each masked image counts alike however many of its patches are hidden; the mean is over all images.
         hidden_counts = masked.sum(1)
-        weight = (1 / (hidden_counts.clamp(min=1) * len(masked))).repeat_interleave(hidden_counts)
+        share = 1 / (hidden_counts.clamp(min=1) * len(masked)).to(patch_targets.dtype)
+        weight = share.repeat_interleave(hidden_counts)
         patches = seen.tokens.flatten(0, 1).index_select(0, rows)
         predicted = (self.student_patch_head or self.student_head)(patches)
         ibot = cross_entropy(predicted, patch_targets, weight, self.student_temperature)
