@@ -42,6 +42,27 @@ def test_killed_anywhere(reference, tmp_path, fault):
     assert not [*out.rglob(".*.tmp")]
 
 
+SMALL = {  # what a method has beside its encoder
+    "simclr": ["method.hidden=32"],
+    "moco": ["method.head=[32,16]", "method.queue_size=32"],
+    "moco_v3": ["method.hidden=32", "method.projection=16", "method.encoder.num_heads=2"],
+    "dino": ["method.head.prototypes=32", "method.head.hidden=32", "data.views.local.count=2"],
+    "dinov2": ["method.head.prototypes=32", "method.head.hidden=32", "data.views.local.count=2"],
+    "ijepa": ["method.predictor.dim=32", "method.predictor.depth=1", "method.predictor.num_heads=2"],
+}
+ENCODER = [word for word in TINY if "method=" not in word and "method.decoder" not in word]
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_every_method_goes_on_with_its_teacher_queue_and_center(tmp_path, method):
+    words = [f"method={method}", *ENCODER, *SMALL[method], "duration=8steps"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run([*words, f"out={whole}"]) == 0
+    assert run([*words, f"out={out}"], ("backward", 6)) == -9
+    assert run([*words, f"out={out}"]) == 0
+    same_end(whole, out)
+
+
 def test_killed_twice_with_workers_accumulation_and_average(reference, tmp_path):
     options = ["data.num_workers=2", "trainer.accumulate_grad_batches=2", "ema=0.9"]
     out = tmp_path / "run"
