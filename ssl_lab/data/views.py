@@ -128,7 +128,7 @@ class MultiView:
     def _batch(self, images: Tensor, draws: Draws, radius: int, out: Tensor) -> None:
         size = out.shape[-1]
         rows = torch.argsort(torch.where(draws.jitter, hue_place(draws.order), 4), stable=True)
-        for part in rows.split(max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(rows)):
+        for part in rows.split(max(1, _CHUNK // (3 * size * size)) if out.device.type == "cpu" else len(images)):
             drawn, where = draws.take(part), part.to(out.device)
             x = crop(images.index_select(0, where % len(images)), drawn.box, drawn.flip, size, self.interpolation)
             recolour_(x, drawn, radius)
