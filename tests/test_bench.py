@@ -136,13 +136,16 @@ def test_a_network_without_a_peer_is_refused():
 
 CFG = {
     "img": SIDE, "patch": PATCH, "dim": DIM, "depth": DEPTH, "heads": 4, "classes": CLASSES, "dec_dim": 16,
-    "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "device": "cpu", "precision": "bf16", "lr": 1e-4,
+    "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "n_global": 2, "hidden": 32, "bottleneck": 16, "protos": 32, "out": 16,
+    "T": 0.2, "device": "cpu", "precision": "bf16", "lr": 1e-4,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["mae", "vit", "vit_infer"])
+@pytest.mark.parametrize("family", ["mae", "dino", "moco", "vit", "vit_infer"])
 def test_the_harness_gets_a_step(family):
-    inputs = {"images": batch()["image"], "labels": batch()["target"]}
+    image = batch()["image"]
+    inputs = {"images": image, "labels": batch()["target"], "views": [image, image.flip(-1)]}
+    inputs |= {"global": inputs["views"], "local": [image[..., :PATCH, :PATCH]]}
     step = make(family, CFG, inputs)
     assert step.params > 1000
     assert torch.isfinite(step()) and torch.isfinite(step())

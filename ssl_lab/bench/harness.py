@@ -13,22 +13,28 @@ from torch import Tensor
 
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench.step import TrainStep, dtypes, method_step
+from ssl_lab.methods.base import Method
+from ssl_lab.methods.dino import DINO
 from ssl_lab.methods.mae import MAE, Decoder
+from ssl_lab.methods.moco_v3 import MoCoV3
 from ssl_lab.methods.supervised import Supervised
+from ssl_lab.nn.heads import DINOHead
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch
 
 
 def make(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> "TrainStep | InferStep | None":
-    """One step of `family` (mae | vit | vit_infer) as a call that gives its loss; None for any other family.
+    """One step of `family` (mae | dino | moco | vit | vit_infer) as a call that gives its loss; None for any other.
 
     Args:
-        family: what to do.
+        family: what to do; moco is MoCo v3, without the frozen patch projection, which other libraries train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
-            `dec_depth`, `dec_heads`, `mask`; for vit and vit_infer `classes`.
-        inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit.
+            `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
+            `out`, `T`; for vit and vit_infer `classes`.
+        inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit; for dino lists `global` and `local` of
+            views, for moco a list `views`.
     """
-    if family not in ("mae", "vit", "vit_infer"):
+    if family not in ("mae", "dino", "moco", "vit", "vit_infer"):
         return None
     device, precision = torch.device(cfg["device"]), "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
     encoder = ViT(
@@ -37,19 +43,29 @@ def make(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> "Tra
         cfg["heads"],
         image_size=cfg["img"],
         patch_size=cfg["patch"],
-        positions="sincos" if family == "mae" else "learned",
+        positions="sincos" if family in ("mae", "moco") else "learned",
     )
-    batch = Batch(image=inputs["images"])
     if family == "vit_infer":
+        batch = Batch(image=inputs["images"])
         return InferStep(Supervised(encoder, cfg["classes"]), batch, device=device, precision=precision)
-    method: MAE | Supervised
-    if family == "mae":
-        decoder = partial(Decoder, dim=cfg["dec_dim"], depth=cfg["dec_depth"], num_heads=cfg["dec_heads"])
-        method = MAE(encoder, decoder=decoder, mask_ratio=cfg["mask"])
-    else:
-        method, batch["target"] = Supervised(encoder, cfg["classes"]), inputs["labels"]
+    method, batch = _method(family, encoder, cfg, inputs)
     method.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
     return method_step(method, batch, device=device, precision=precision)
+
+
+def _method(family: str, encoder: ViT, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Method, Batch]:
+    if family == "dino":
+        sizes = {"prototypes": cfg["protos"], "hidden": cfg["hidden"], "bottleneck": cfg["bottleneck"]}
+        dino = DINO(encoder, head=partial(DINOHead, **sizes), global_views=cfg["n_global"])
+        return dino, Batch(views=[*inputs["global"], *inputs["local"]])
+    if family == "moco":
+        sizes = {"hidden": cfg["hidden"], "projection": cfg["out"]}
+        moco = MoCoV3(encoder, temperature=cfg["T"], freeze_patch_embed=False, **sizes)
+        return moco, Batch(views=inputs["views"])
+    if family == "mae":
+        decoder = partial(Decoder, dim=cfg["dec_dim"], depth=cfg["dec_depth"], num_heads=cfg["dec_heads"])
+        return MAE(encoder, decoder=decoder, mask_ratio=cfg["mask"]), Batch(image=inputs["images"])
+    return Supervised(encoder, cfg["classes"]), Batch(image=inputs["images"], target=inputs["labels"])
 
 
 class InferStep:

@@ -42,6 +42,7 @@ class TrainStep:
         optimizer: makes the optimizer of the model once it has its dtype.
         device: of the model and its batch.
         precision: as `trainer.precision`.
+        before: called when the gradient is complete.
         after: called at the end of a step.
     """
 
@@ -53,8 +54,10 @@ class TrainStep:
         *,
         device: torch.device,
         precision: str | int,
+        before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> None:
+        self.before = before
         weights, self.autocast = dtypes(precision)
         self.model, self.loss, self.after, self.device = model.to(device, weights).train(), loss, after, device
         self.optimizer = optimizer()
@@ -63,6 +66,9 @@ class TrainStep:
 
     def __call__(self) -> Tensor:
         loss = self.forward_backward()
+        if self.before is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.before()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -79,7 +85,7 @@ class TrainStep:
 
 
 def method_step(method: Method, batch: Batch, *, device: torch.device, precision: str | int) -> TrainStep:
-    """A step of `method` on a batch in memory, half way through training: its loss, its optimizer, its `after_step`.
+    """A step of `method` on a batch in memory, half way through training: its loss, its optimizer, all its hooks.
 
     The images take the dtype of the weights, as Lightning's precision does it.
     """
@@ -93,6 +99,14 @@ def method_step(method: Method, batch: Batch, *, device: torch.device, precision
     def loss() -> Tensor:
         return method.step(held, 0.5).loss
 
-    step = TrainStep(method, loss, method.configure_optimizers, device=device, precision=precision, after=after)
+    step = TrainStep(
+        method,
+        loss,
+        method.configure_optimizers,
+        device=device,
+        precision=precision,
+        before=lambda: method.after_backward(0.5),
+        after=after,
+    )
     after()
     return step

@@ -61,7 +61,7 @@ class DINO(Method):
     def step(self, batch: Batch, progress: float) -> Step:
         views, T = batch["views"], self.global_views
         if len(views) < max(2, T):
-            raise UserError(f"DINO got {len(views)} views: it needs at least two, choose data/views=dino")
+            raise UserError(f"DINO got {len(views)} views: it needs at least two, choose views@data.views=dino")
         temperature = self.teacher_temperature(progress)
         with torch.no_grad():
             logits = self.head(self._encode(self.encoder, views[:T]))

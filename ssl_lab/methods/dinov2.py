@@ -77,7 +77,7 @@ class DINOv2(Method):
     def step(self, batch: Batch, progress: float) -> Step:
         views = batch["views"]
         if len(views) < 2 or views[0].shape != views[1].shape:
-            raise UserError("DINOv2 needs two global views of one size first: choose data/views=dinov2")
+            raise UserError("DINOv2 needs two global views of one size first: choose views@data.views=dinov2")
         masked = self.draw_masks(2 * len(views[0]), views[0].shape[-2:], views[0].device)
         return self.distill(views, masked, progress)
 
