@@ -62,7 +62,7 @@ def test_step_schedule_of_moco():
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon", "larc"])
 def test_every_optimizer_learns(name):
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)]), "head": nn.Linear(8, 1)})
@@ -96,8 +96,53 @@ def test_lars_equals_its_formula():
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["lars", "larc"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_neither_decays_nor_adapts_biases_and_gains(name, decay):
+    """Three steps by hand, with SimCLR's exclusions; a decay of 0 (MAE's linear probe) still adapts matrices.
+
+    LARC (apex, solo-learn): trust 0.02, and the ratio is cut where it would lift the rate of a tensor above lr.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+        model[0].weight.mul_(10.0)
+    optim = Optim(name=name, lr=0.5, warmup=0.0, schedule="constant", weight_decay=decay, betas=(0.9, 0.999))
+    optimizer = optim.build(model.named_parameters(), 256)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    speed = {n: torch.zeros_like(p) for n, p in expected.items()}
+    ratios = []
+    for step in range(3):
+        for n, p in model.named_parameters():
+            p.grad = g = torch.randn_like(p) * 10.0**-step
+            q, g = expected[n], g.clone()
+            if p.ndim > 1:
+                ratio = {"lars": 0.001, "larc": 0.02}[name] * q.norm() / (g.norm() + decay * q.norm())
+                ratio = min(ratio / 0.5, torch.ones(())) if name == "larc" else ratio
+                ratios.append(float(ratio))
+                g = ratio * (g + decay * q)
+            speed[n] = 0.9 * speed[n] + g
+            expected[n] = q - 0.5 * speed[n]
+        optim.update(optimizer, 0.5)
+        optimizer.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[n], rtol=1e-6, atol=1e-8, msg=n)
+    if name == "larc" and decay == 0.0:
+        assert min(ratios) < 1 and max(ratios) == 1
+
+
+def test_the_mask_token_of_dinov2_is_a_part_of_the_stem():
+    named = {"mask_token": nn.Parameter(torch.ones(2)), "decoder.mask_token": nn.Parameter(torch.ones(2))}
+    named |= {f"student.blocks.{i}.w": nn.Parameter(torch.ones(2)) for i in range(3)}
+    groups = Optim(lr=1.0, warmup=0.0, layer_decay=0.5).build(named.items(), 256).param_groups
+    rates = {p: g["lr"] for g in groups for p in g["params"]}
+    assert rates[named["mask_token"]] == 0.0625 and rates[named["decoder.mask_token"]] == 1.0
+
+
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="adamw, sgd, lars, muon"):
+    with pytest.raises(UserError, match="adamw, sgd, lars, muon, larc"):
         Optim(name="adam")
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(UserError, match="nothing to train"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
@@ -23,15 +24,25 @@ class Timm(nn.Module):
         name: timm's name, e.g. `resnet50.a1_in1k`; see `timm.list_models()`.
         pretrained: start from timm's weights (downloaded once).
         image_size: side in pixels, for models that are built for one size; others take any size.
+        small_stem: for images of 32 px or so: the 7x7 convolution of stride 2 and the pooling at the beginning of a
+            ResNet become one 3x3 convolution of stride 1 (SimCLR, arXiv:2002.05709, appendix B.9).
         **kwargs: further arguments of `timm.create_model`, e.g. `drop_path_rate`, `in_chans`.
 
     Raises:
-        UserError: unknown name or argument, or weights that cannot be had.
+        UserError: unknown name or argument, weights that cannot be had, or `small_stem` of another architecture.
     """
 
     model: Any
 
-    def __init__(self, name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        image_size: int | None = None,
+        small_stem: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         check_timm_name(name)
         self.arguments: dict[str, Any] = {"name": name, "image_size": image_size, **kwargs}
@@ -42,6 +53,9 @@ class Timm(nn.Module):
         except Exception as error:
             what = "its weights (is there a network?)" if pretrained else "it"
             raise UserError(f"timm cannot give {what} for {name!r}: {first_line(error)}") from error
+        if small_stem:
+            self.arguments["small_stem"] = True
+            _shrink_stem(model, name)
         self.model = model
         self.dim: int = model.num_features
         self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)
@@ -84,6 +98,15 @@ class Timm(nn.Module):
         if out.dim() == 4:
             out = out.flatten(1, 2) if _channels_last(self.model) else out.flatten(2).transpose(1, 2)
         return out[:, : self.num_prefix], out[:, self.num_prefix :]
+
+
+def _shrink_stem(model: Any, name: str) -> None:
+    if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
+        raise UserError(f"small_stem=true is for ResNets with one convolution at the beginning, and {name} has another")
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
 
 
 def built_for_one_size(name: str) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +21,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
+from ssl_lab.cli.starting import beginning, build_method
 from ssl_lab.cli.trainer import make_trainer, quiet
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -74,10 +74,9 @@ class Training:
         self.data.setup("fit")
         if cfg.method.get("num_classes") == 0:  # as many as the data has
             cfg.method.num_classes = len(self.data.classes)
-        self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         self.console = Console(quiet=not first, highlight=False)
-        torch.manual_seed(cfg.seed)
-        self.method: Method = build(cfg.method)
+        self.method: Method = build_method(cfg.method, cfg.seed, self.say)
+        self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         self.method.optim, self.method.seed = build(cfg.optim), cfg.seed
         self.method.parallel = Parallel(
             checkpoint_blocks=cfg.checkpoint_blocks, compile=cfg.compile, fp32_residual=cfg.fp32_residual
@@ -111,7 +110,7 @@ class Training:
             sweep(self.out / "checkpoints")
         if self.cfg.baselines and self.standing.step == 0 and self.first:
             self._judge({n: e for n, e in self.evaluators.items() if e.needs is Embeds}, 0, "raw pixels", Pixels())
-            self._judge(self.evaluators, 0, "random encoder", self.method)
+            self._judge(self.evaluators, 0, beginning(self.cfg.method), self.method)
         self.signals.deferred = True
         try:
             self.trainer.fit(self.method, datamodule=self.data, ckpt_path=self.standing.path, weights_only=True)

@@ -19,7 +19,8 @@ class Optim:
     """One recipe of optimization: which optimizer, its rate over time, and what decays.
 
     Args:
-        name: AdamW (fused), SGD, LARS (arXiv:1708.03888), or Muon with AdamW for embeddings, heads and 1-D parameters.
+        name: AdamW (fused), SGD, LARS (arXiv:1708.03888), Muon with AdamW for embeddings, heads and 1-D parameters, or
+            LARC: LARS with a trust of 0.02 whose ratio never lifts a tensor's rate above lr, for small batches.
         lr: peak learning rate, before scaling.
         scale_lr: "linear" multiplies by global batch / 256, "sqrt" by its root, "none" leaves it.
         warmup: share of training in which the rate rises linearly from 0.
@@ -33,7 +34,7 @@ class Optim:
         schedule: after the warm-up "cosine" to `min_lr`, "constant", or "step": a tenth at 60 % and again at 80 %.
     """
 
-    name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "muon", "larc"] = "adamw"
     lr: float = 1e-3
     scale_lr: Literal["linear", "sqrt", "none"] = "none"
     warmup: float = 0.05
@@ -47,8 +48,8 @@ class Optim:
     schedule: Literal["cosine", "constant", "step"] = "cosine"
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd", "lars", "muon"):
-            raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon")
+        if self.name not in ("adamw", "sgd", "lars", "muon", "larc"):
+            raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon, larc")
         self._weight_decay = as_schedule(self.weight_decay)
 
     def peak_lr(self, samples_per_step: int) -> float:
@@ -81,8 +82,9 @@ class Optim:
             return optimizer
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
-        if self.name == "lars":
-            return timm.optim.Lars(groups, lr=lr, momentum=betas[0], weight_decay=0.0)
+        if self.name in ("lars", "larc"):
+            trust = {"trust_coeff": 0.02, "trust_clip": True} if self.name == "larc" else {}
+            return timm.optim.Lars(groups, lr=lr, momentum=betas[0], weight_decay=0.0, **trust)
         return timm.optim.Muon(
             groups, lr=lr, momentum=betas[0], betas=betas, eps=self.eps, adjust_lr_fn="match_rms_adamw"
         )
@@ -109,7 +111,11 @@ class Optim:
         for (decays, scale, hidden), params in groups.items():
             weight_decay = self._weight_decay(0.0) if decays else 0.0
             group = {"params": params, "lr_scale": scale, "decays": decays, "weight_decay": weight_decay}
-            yield group | ({"use_fallback": not hidden} if self.name == "muon" else {})
+            if self.name == "muon":
+                group["use_fallback"] = not hidden
+            if self.name in ("lars", "larc"):  # timm would take a decay of 0 for a sign not to adapt
+                group["always_adapt"] = decays
+            yield group
 
 
 def _block(name: str) -> int:
@@ -124,7 +130,8 @@ def _layer(name: str, depth: int) -> int:
     if block >= 0:
         return block + 1
     stem = ("patch_embed", "pos_embed", "cls_token", "registers", "token_embed")
-    return 0 if any(part in stem for part in name.split(".")) else depth + 1
+    # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
+    return 0 if name == "mask_token" or any(part in stem for part in name.split(".")) else depth + 1
 
 
 @torch.no_grad()

@@ -22,6 +22,17 @@ from ssl_lab.nn.ffn import MLP
 from ssl_lab.weights.rename import State
 from ssl_lab.weights.sources import HEADER, Source, read, read_safetensors
 
+# In YAML a layer to be made is named by its path.
+_QK_NORM = {"_target_": "torch.nn.LayerNorm", "_partial_": True, "eps": 1e-6}
+
+
+class OtherArchitecture(UserError):
+    """Weights of another ViT; `arguments` are those of ours that would fit, `mlp_ratio` and so on under `block`."""
+
+    def __init__(self, message: str, arguments: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.arguments = arguments
+
 
 def load(backbone: nn.Module, spec: str) -> None:
     """Fill `backbone` with the weights named by `spec`, every tensor or none.
@@ -30,21 +41,28 @@ def load(backbone: nn.Module, spec: str) -> None:
         backbone: a `ViT`; files and run folders also serve any other backbone whose names they hold.
         spec: `timm:<name>`, `hf:<folder or repository>`, a .safetensors or .ckpt file, or a run folder.
 
-    A position table of another size is resampled by timm's rule (bicubic, antialiased), the class position kept.
+    A position table of another size is resampled by the rule of the library that it comes from (bicubic; antialiased
+    but for most of transformers' models), the class position kept.
 
     Raises:
-        UserError: nothing there, or another architecture; the message says in what it differs.
+        UserError: nothing there, or tensors that fit nowhere.
+        OtherArchitecture: another ViT; the message says in what it differs, and what to set.
     """
     source = read(spec)
     own = backbone.state_dict()
     state = _resampled(source, own, getattr(backbone, "grid", None), spec)
-    problems = _differences(own, state)
-    heads = num_heads(backbone)
-    if heads and source.num_heads and heads != source.num_heads:
-        problems.append(f"num_heads {source.num_heads} there, {heads} here")
-    if problems:
+    here, there = (_facts(each) for each in (own, state))
+    if here and there:
+        here["num_heads"] = num_heads(backbone)
+        there["num_heads"] = source.num_heads or here["num_heads"]
+        if wrong := [name for name in here if there[name] != here[name]]:
+            told = "; ".join(f"{name} {there[name]} there, {here[name]} here" for name in wrong)
+            fitting = _settings({name: there[name] for name in wrong})
+            words = " ".join(f"method.encoder.{name}={_word(value)}" for name, value in flat(fitting).items())
+            raise OtherArchitecture(f"{spec} does not fit this backbone: {told}; to match it: {words}", fitting)
+    if problems := _differences(own, state):
         raise UserError(
-            f"{spec} does not fit this backbone: {'; '.join(problems[:4])}; change the backbone to match it"
+            f"{spec} does not fit this backbone: {'; '.join(problems[:4])}; choose another backbone or other weights"
         )
     backbone.load_state_dict(state)
 
@@ -145,18 +163,16 @@ def _resampled(source: Source, own: State, grid: tuple[int, int] | None, spec: s
     old = source.grid or (side, side)
     if old[0] * old[1] != patches:
         raise UserError(f"{spec}: {patches} positions form no grid of {old[0]} x {old[1]}; they cannot be resampled")
-    return source.state | {"pos_embed": resample_abs_pos_embed(table, list(grid), list(old), prefix)}
+    table = resample_abs_pos_embed(table, list(grid), list(old), prefix, antialias=source.antialias)
+    return source.state | {"pos_embed": table}
 
 
 def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Why `state` cannot fill `own`, in words of the architecture where possible; empty = it can."""
+    """Why `state` cannot fill `own`, tensor by tensor; empty = it can."""
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     theirs = {key: tuple(value.shape) for key, value in state.items()}
     if shapes == theirs:
         return []
-    here, there = _facts(own), _facts(state)
-    if here and there and here != there:
-        return [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
     problems = [
         f"{key} {theirs[key]} there, {shapes[key]} here"
         for key in shapes
@@ -183,6 +199,29 @@ def _facts(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "layer_scale": "blocks.0.attn.layer_scale.gamma" in state,
         "qk_norm": "blocks.0.attn.fn.q_norm.weight" in state,
     }
+
+
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with those of a block as `block.<name>`."""
+    block = {f"block.{name}": value for name, value in arguments.get("block", {}).items()}
+    return {name: value for name, value in arguments.items() if name != "block"} | block
+
+
+def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `ViT`, those of its blocks under `block`, that make a backbone with these facts."""
+    out = {name: value for name, value in facts.items() if name not in ("mlp_ratio", "layer_scale", "qk_norm")}
+    block = {name: facts[name] for name in ("mlp_ratio", "layer_scale", "qk_norm") if name in facts}
+    if "layer_scale" in block:
+        block["layer_scale"] = 1.0 if block["layer_scale"] else None  # the weights say how much
+    if "qk_norm" in block:
+        block["qk_norm"] = _QK_NORM if block["qk_norm"] else None
+    return out | ({"block": block} if block else {})
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_word(each)}" for name, each in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _ratio(hidden: int, dim: int) -> float:

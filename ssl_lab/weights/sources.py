@@ -35,6 +35,7 @@ class Source:
     state: State
     num_heads: int | None = None
     grid: tuple[int, int] | None = None  # of the position table
+    antialias: bool = True  # how its library resamples that table: timm with, transformers mostly without
 
 
 def read(spec: str) -> Source:
@@ -123,7 +124,8 @@ def _from_hf(name: str) -> Source:
         raise UserError(f"hf:{name}: the weights lack {missing[0]!r} ({len(missing)} missing); is the file complete?")
     (height, width), (rows, columns) = _pair(config.image_size), _pair(config.patch_size)
     state = rename(model.state_dict(), HF_TABLES[config.model_type])
-    return Source(state, config.num_attention_heads, (height // rows, width // columns))
+    antialias = config.model_type == "dinov2_with_registers"
+    return Source(state, config.num_attention_heads, (height // rows, width // columns), antialias)
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""The method of a run, with the architecture of the weights that it starts from, and the name of its beginning."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ssl_lab.cli.compose import build
+from ssl_lab.methods.base import Method
+from ssl_lab.weights import io
+
+
+def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Method:
+    """The method with random weights of `seed`; what its encoder's `weights` decide is entered into `node`.
+
+    Raises:
+        UserError: weights that no ViT of ours can take, or a method that cannot take such an encoder.
+    """
+    torch.manual_seed(seed)
+    try:
+        return build(node)
+    except InstantiationException as error:
+        other = _cause(error)
+        if other is None or not _adopt(node, other.arguments):
+            raise
+    told = ", ".join(f"{name} {_short(value)}" for name, value in io.flat(other.arguments).items())
+    say(f"encoder: {told}, as in {node.encoder.weights}")
+    torch.manual_seed(seed)
+    return build(node)
+
+
+def beginning(node: DictConfig) -> str:
+    """What the encoder of a method that has not been trained yet is called: its weights, or `random encoder`."""
+    weights = OmegaConf.select(node, "encoder.weights")
+    if isinstance(weights, str):
+        return weights
+    if OmegaConf.select(node, "encoder.pretrained"):
+        return f"timm:{node.encoder.name}"
+    return "random encoder"
+
+
+def _cause(error: BaseException | None) -> io.OtherArchitecture | None:
+    while error is not None and not isinstance(error, io.OtherArchitecture):
+        error = error.__cause__
+    return error
+
+
+def _adopt(node: DictConfig, arguments: dict[str, Any]) -> bool:
+    """Enter them at the encoder; False where it has no such node."""
+    encoder = OmegaConf.select(node, "encoder")
+    block = arguments.get("block", {})
+    if not isinstance(encoder, DictConfig) or (block and not isinstance(encoder.get("block"), DictConfig)):
+        return False
+    with open_dict(node):
+        for name, value in arguments.items():
+            if name != "block":
+                encoder[name] = value
+        for name, value in block.items():
+            encoder.block[name] = value
+    return True
+
+
+def _short(value: Any) -> str:
+    return "yes" if isinstance(value, dict) or value is True else "no" if value in (None, False) else str(value)
