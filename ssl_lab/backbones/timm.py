@@ -1,5 +1,6 @@
 """Any timm model in the place of a backbone: convolutional nets, hierarchical transformers, other ViTs."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class Timm(nn.Module):
         image_size: side in pixels, for models that are built for one size; others take any size.
         small_stem: for images of 32 px or so: the 7x7 convolution of stride 2 and the pooling at the beginning of a
             ResNet become one 3x3 convolution of stride 1 (SimCLR, arXiv:2002.05709, appendix B.9).
-        **kwargs: further arguments of `timm.create_model`, e.g. `drop_path_rate`, `in_chans`.
+        **kwargs: further arguments of `timm.create_model`, e.g. `drop_path_rate`, `in_chans`; None = as if not given.
 
     Raises:
         UserError: unknown name or argument, weights that cannot be had, or `small_stem` of another architecture.
@@ -52,7 +53,9 @@ class Timm(nn.Module):
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
         except Exception as error:
             what = "its weights (is there a network?)" if pretrained else "it"
-            raise UserError(f"timm cannot give {what} for {name!r}: {first_line(error)}") from error
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            hint = f"; leave it out with method.encoder.{unknown[1]}=null" if unknown else ""
+            raise UserError(f"timm cannot give {what} for {name!r}: {first_line(error)}{hint}") from error
         if small_stem:
             self.arguments["small_stem"] = True
             _shrink_stem(model, name)
@@ -101,12 +104,13 @@ class Timm(nn.Module):
 
 
 def _shrink_stem(model: Any, name: str) -> None:
-    if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
+    old = getattr(model, "conv1", None)
+    if not isinstance(model, ResNet) or not isinstance(old, nn.Conv2d):
         raise UserError(f"small_stem=true is for ResNets with one convolution at the beginning, and {name} has another")
-    old = model.conv1
-    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    setattr(model, "conv1", new)  # noqa: B010 - timm declares another type
+    setattr(model, "maxpool", nn.Identity())  # noqa: B010
 
 
 def built_for_one_size(name: str) -> bool:

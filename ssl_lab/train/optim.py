@@ -83,8 +83,8 @@ class Optim:
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=betas[0])
         if self.name in ("lars", "larc"):
-            trust = {"trust_coeff": 0.02, "trust_clip": True} if self.name == "larc" else {}
-            return timm.optim.Lars(groups, lr=lr, momentum=betas[0], weight_decay=0.0, **trust)
+            clips = self.name == "larc"
+            return timm.optim.Lars(groups, lr, betas[0], trust_coeff=0.02 if clips else 0.001, trust_clip=clips)
         return timm.optim.Muon(
             groups, lr=lr, momentum=betas[0], betas=betas, eps=self.eps, adjust_lr_fn="match_rms_adamw"
         )
