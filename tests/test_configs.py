@@ -98,7 +98,14 @@ def test_root_file_stands_before_its_groups(verb):
 
 def test_experiment_is_chosen_after_all_groups_that_it_overrides():
     groups = list(catalog.root("train").groups)
-    assert groups[groups.index("experiment") :] == ["experiment", "debug", "local"]
+    assert groups[groups.index("experiment") :] == ["experiment", "suite", "debug", "local"]
+
+
+def test_a_suite_takes_the_place_of_an_experiments_evaluators_and_a_typed_list_that_of_a_suite():
+    vision = ["knn", "linear", "low_shot", "retrieval", "crop_scale", "collapse"]
+    assert list(composed("method=mae", "suite=vision").eval) == vision
+    assert list(composed("suite=vision", "experiment=quickstart", "eval.knn.k=7").eval) == vision
+    assert list(composed("experiment=quickstart", "suite=vision", "eval=[knn]").eval) == ["knn"]
 
 
 def test_conf_holds_only_small_yaml_files():

@@ -9,7 +9,7 @@ from ssl_lab.cli import catalog
 from ssl_lab.cli.nearest import did_you_mean
 from ssl_lab.errors import UserError
 
-GROUPS = {"method": "Methods", "backbone": "Backbones", "data": "Data sets", "eval": "Evaluators"}
+GROUPS = {"method": "Methods", "backbone": "Backbones", "data": "Data sets", "eval": "Evaluators", "suite": "Suites"}
 
 
 def run(words: list[str], folders: list[Path]) -> None:

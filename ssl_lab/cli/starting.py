@@ -25,7 +25,7 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
         other = _cause(error)
         if other is None or not _adopt(node, other.arguments):
             raise
-    told = ", ".join(f"{name} {_short(value)}" for name, value in io.flat(other.arguments).items())
+    told = ", ".join(_told(name.removeprefix("block."), value) for name, value in io.flat(other.arguments).items())
     say(f"encoder: {told}, as in {node.encoder.weights}")
     torch.manual_seed(seed)
     return build(node)
@@ -62,5 +62,8 @@ def _adopt(node: DictConfig, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
-    return "yes" if isinstance(value, dict) or value is True else "no" if value in (None, False) else str(value)
+def _told(name: str, value: Any) -> str:
+    if name == "layer_scale" and value is not None:
+        return name  # how much, the weights say
+    word = "yes" if isinstance(value, dict) or value is True else "no" if value in (None, False) else str(value)
+    return f"{name} {word}"
