@@ -23,8 +23,16 @@ TOY = {
 }
 VIT = {"method.encoder.depth": "1", "method.encoder.dim": "32", "method.encoder.num_heads": "2"}
 DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
+HEADS = {  # of methods: what they have beside the encoder, small
+    "simclr": {"method.hidden": "32"},
+    "moco": {"method.queue_size": "32"},
+    "moco_v3": {"method.hidden": "32"},
+    "dino": {"method.head.prototypes": "32", "method.head.hidden": "32", "data.views.local.count": "2"},
+    "dinov2": {"method.head.prototypes": "32", "method.head.hidden": "32", "data.views.local.count": "2"},
+    "ijepa": {"method.predictor.depth": "1", "method.predictor.dim": "32", "method.predictor.num_heads": "2"},
+}
 SHAPES = {"data.train.length": "64", "data.test.length": "32"}
-NETWORK = re.compile(r"timm:|hf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10|_in1k)\b")
+NETWORK = re.compile(r"timm:|hf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b")
 ELSEWHERE = ("pip install", "git clone", "cd ", "tensorboard", "torchrun", "wandb", "python", ".venv/bin/python")
 
 
@@ -43,11 +51,14 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if "backbone@method.encoder=timm" not in text:
+        if not re.search(r"encoder=timm|backbone=resnet", text):
             more |= VIT
+        chosen = re.search(r"(?:experiment|method)=(\w+)", text)
+        names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]
+        more |= HEADS[names[0]] if names else {}
         if re.search(r"(experiment=(mae|quickstart)|method=mae)", text):
             more |= DECODER
-    if "folder" not in text and "ckpt=" not in text:
+    if not re.search(r"folder|ckpt=|data\.path=", text):
         more |= SHAPES
     words = ["duration=4steps" if w.startswith("duration=") else w for w in words]
     given = {w.split("=")[0].lstrip("+") for w in words}

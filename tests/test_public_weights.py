@@ -229,6 +229,13 @@ def test_weights_of_another_kind_stay_a_mistake(tmp_path):
     )
 
 
+def test_channels_are_the_datas(tmp_path):
+    io.save(randomise(io.vit(TINY | {"in_chans": 1})).float(), tmp_path / "a.safetensors")
+    with pytest.raises(Exception) as caught:
+        imported("dino", str(tmp_path / "a.safetensors"))
+    assert "in_chans 1 there, 3 here" in str(caught.value.__cause__)
+
+
 def test_a_beginning_has_a_name():
     node = OmegaConf.create
     assert beginning(node({"encoder": {"weights": "hf:x"}})) == "hf:x"

@@ -48,10 +48,12 @@ def _cause(error: BaseException | None) -> io.OtherArchitecture | None:
 
 
 def _adopt(node: DictConfig, arguments: dict[str, Any]) -> bool:
-    """Enter them at the encoder; False where it has no such node."""
+    """Enter them at the encoder; False where it has no such node, or the data decide (channels)."""
     encoder = OmegaConf.select(node, "encoder")
     block = arguments.get("block", {})
-    if not isinstance(encoder, DictConfig) or (block and not isinstance(encoder.get("block"), DictConfig)):
+    if "in_chans" in arguments or not isinstance(encoder, DictConfig):
+        return False
+    if block and not isinstance(encoder.get("block"), DictConfig):
         return False
     with open_dict(node):
         for name, value in arguments.items():
