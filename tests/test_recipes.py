@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from omegaconf import OmegaConf
 
 from ssl_lab.backbones.timm import Timm
@@ -186,6 +187,15 @@ def test_batch_norms_of_simclr_are_global_and_those_of_moco_are_not():
     """MoCo shuffles instead; the projectors' norms are global by themselves."""
     assert experiment("simclr_in1k").trainer.sync_batchnorm is True
     assert not any(experiment(f"moco_v{n}_in1k").trainer.get("sync_batchnorm") for n in (1, 2, 3))
+
+
+def test_global_batch_norms_keep_the_names_of_a_checkpoint():
+    method = build(compose("train", ["experiment=simclr_in1k", "backbone=resnet18", "method.hidden=8"], [CONF]).method)
+    names = list(method.state_dict())
+    method = TorchSyncBatchNorm().apply(method)
+    assert list(method.state_dict()) == names
+    norms = [m for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 22 and {type(m) for m in norms} == {torch.nn.SyncBatchNorm}
 
 
 @pytest.mark.parametrize(
