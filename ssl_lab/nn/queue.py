@@ -34,7 +34,9 @@ class Queue(nn.Module):
         size, total = len(self.items), len(keys) * dist.world_size()
         if size % total:
             fit = " or ".join(str(n) for n in (size // total * total, (size // total + 1) * total) if n)
-            raise UserError(f"a queue of {size} keys is no multiple of the global batch of {total}: set queue_size to {fit}")
+            raise UserError(
+                f"a queue of {size} keys is no multiple of the global batch of {total}: set method.queue_size to {fit}"
+            )
         keys = dist.gather(keys, grad=False).to(self.items.dtype)
         rows = (self.pointer + torch.arange(total, device=keys.device)) % size  # the device need not be waited for
         self.items.index_copy_(0, rows, keys)
