@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
         if x.dim() != 4 or x.shape[1] != chans or x.shape[2] % p or x.shape[3] % p:
             raise UserError(
                 f"images of shape {tuple(x.shape)} do not fit: expected (B, {chans}, H, W) with H and W multiples of "
-                f"patch_size={p}; change data.image_size (of local views data.views.multiple_of), or the backbone's patch_size"
+                f"patch_size={p}; change data.image_size, for local views data.views.multiple_of, or the patch_size"
             )
         return patchify(x, p), (x.shape[2] // p, x.shape[3] // p)
 
