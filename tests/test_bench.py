@@ -136,8 +136,8 @@ def test_a_network_without_a_peer_is_refused():
 
 CFG = {
     "img": SIDE, "patch": PATCH, "dim": DIM, "depth": DEPTH, "heads": 4, "classes": CLASSES, "dec_dim": 16,
-    "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "n_global": 2, "hidden": 32, "bottleneck": 16, "protos": 32, "out": 16,
-    "T": 0.2, "device": "cpu", "precision": "bf16", "lr": 1e-4,
+    "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "n_global": 2, "hidden": 32, "bottleneck": 16, "protos": 32,
+    "out": 16, "T": 0.2, "device": "cpu", "precision": "bf16", "lr": 1e-4,
 }  # fmt: skip
 
 
