@@ -144,9 +144,9 @@ def test_queue_is_a_ring():
 
 
 def test_a_queue_that_does_not_fit_the_batch_is_a_users_mistake():
-    with pytest.raises(UserError, match="set method.queue_size to 30 or 36"):
+    with pytest.raises(UserError, match=r"set method\.queue_size to 30 or 36"):
         Queue(32, 3).enqueue(torch.ones(6, 3))
-    with pytest.raises(UserError, match="set method.queue_size to 64"):
+    with pytest.raises(UserError, match=r"set method\.queue_size to 64"):
         Queue(32, 3).enqueue(torch.ones(64, 3))
 
 
