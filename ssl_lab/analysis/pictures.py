@@ -61,7 +61,5 @@ def grid_of(encoder: nn.Module, tokens: int, image: Tensor) -> tuple[int, int]:
     H, W = image.shape[-2:]
     rows = round(math.sqrt(tokens * H / W))
     if not rows or tokens % rows or H % rows or W % (tokens // rows):
-        raise UserError(
-            f"{tokens} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}: no feature map"
-        )
+        raise UserError(f"{tokens} tokens of {type(encoder).__name__} form no grid on images of {H} x {W}")
     return rows, tokens // rows

@@ -50,6 +50,8 @@ class Optim:
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd", "lars", "muon", "larc"):
             raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon, larc")
+        if self.lr <= 0:
+            raise UserError(f"optim.lr={self.lr} would teach nothing: give a rate above 0")
         self._weight_decay = as_schedule(self.weight_decay)
 
     def peak_lr(self, samples_per_step: int) -> float:
