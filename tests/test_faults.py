@@ -238,7 +238,7 @@ def test_signal_saves_and_leaves(tmp_path, number, code):
     wait_for(out / "metrics.csv")
     os.killpg(process.pid, number)  # as a cluster does, and a terminal: the workers get it too
     process.join(60)
-    assert process.exitcode == code
+    assert process.exitcode == code, (tmp_path / "log").read_text()
     step = checkpoint.facts(find(out))["step"]
     assert 0 < step < 4000
     text = (tmp_path / "log").read_text()

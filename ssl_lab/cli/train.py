@@ -117,6 +117,9 @@ class Training:
         except SIGTERMException:
             pass  # Lightning's own handler was quicker; the state is saved
         except BaseException as error:
+            if isinstance(error, Exception) and self.signals.received is not None:
+                self.say(f"{type(error).__name__} after {self.signals.received.name}: a process that helps ended first")
+                self._leave()
             self.loggers.close("failed")
             if not isinstance(error, UserError):
                 self.say(

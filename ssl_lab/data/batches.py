@@ -79,9 +79,10 @@ class _Batches(Dataset[Batch | UserError]):
             return error
 
 
-def _outlive_termination(worker: int) -> None:
-    """A cluster tells every process of a job to end; the training process still needs its workers to end in order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """A cluster or a terminal signals every process of a job; the training process needs its workers to end in order."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a worker not made by fork has no handlers of ours
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
@@ -101,7 +102,7 @@ class Loader:
             sampler=self.numbers(),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_outlive_termination,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else every iteration would advance the global random state
         )
         for batch in loader:

@@ -21,7 +21,7 @@ class Signals:
     """Catches SIGTERM, SIGUSR1 and the first SIGINT while it is entered; a second SIGINT ends the process at once.
 
     While `deferred`, a signal only sets `received`, which the training loop reads at the end of a step. Otherwise it
-    raises `Interrupted`. Worker processes made by fork ignore what their parent handles.
+    raises `Interrupted`. Processes made by fork ignore what their parent handles.
     """
 
     def __init__(self) -> None:
