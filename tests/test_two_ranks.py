@@ -59,7 +59,7 @@ def fixed_loss(method: Method, rows: slice) -> torch.Tensor:
         return method.distill(batch["views"], masked[:, rows].flatten(0, 1), 0.5).loss
     if kind == "IJEPA":
         order = torch.rand(SIZE, N, generator=g).argsort(1)[rows]
-        return method.predict(batch["image"], order[:, :9], order[:, 9:13].unflatten(1, (2, 2)))[0]
+        return method.predict(batch["image"], order[:, :9], order[:, 9:13].unflatten(1, (2, 2)))
     return method.step(batch, 0.5).loss
 
 

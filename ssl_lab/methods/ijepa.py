@@ -18,7 +18,6 @@ from ssl_lab.nn.pool import features
 from ssl_lab.nn.teacher import follow_, follower, scaled_momentum
 from ssl_lab.schedules import Linear as Straight
 from ssl_lab.schedules import Schedule, as_schedule
-from ssl_lab.spread import feature_std
 from ssl_lab.types import Batch, Step
 
 
@@ -119,11 +118,10 @@ class IJEPA(Method):
     def step(self, batch: Batch, progress: float) -> Step:
         image = batch["image"]
         context, targets = self.masks(len(image), self.encoder.grid, image.device)
-        loss, encoded = self.predict(image, context, targets)
-        return Step(loss, {"feature_std": feature_std(encoded.mean(1))})
+        return Step(self.predict(image, context, targets))
 
-    def predict(self, image: Tensor, context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss for places of the context (B, K) and of targets (B, M, T), and the averaged encoder's tokens (B, N, E).
+    def predict(self, image: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Loss for places of the context (B, K) and of targets (B, M, T).
 
         Smooth L1 between predictions and targets; a target is a token of the whole image, its features normalised.
         """
@@ -132,7 +130,7 @@ class IJEPA(Method):
             exact = encoded.to(torch.promote_types(encoded.dtype, torch.float32))
             wanted = take(F.layer_norm(exact, exact.shape[-1:]), targets.flatten(1)).unflatten(1, targets.shape[1:])
         predicted = self.predictor(self.student(image, keep=context).tokens, context, targets)
-        return F.smooth_l1_loss(predicted.to(wanted.dtype), wanted), encoded
+        return F.smooth_l1_loss(predicted.to(wanted.dtype), wanted)
 
     def after_step(self, progress: float) -> None:
         momentum = scaled_momentum(self.momentum(progress), self.samples_per_step, self.momentum_batch)

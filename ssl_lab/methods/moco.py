@@ -61,7 +61,7 @@ class MoCo(Method):
         if len(batch["views"]) != 2:
             raise UserError(f"MoCo got {len(batch['views'])} views: it needs two, choose views@data.views=moco_v2")
         loss, right, query = self.contrast(*batch["views"])
-        return Step(loss, {"top1": right, "feature_std": feature_std(query.detach())})
+        return Step(loss, {"top1": right, "projection_std": feature_std(query.detach())})
 
     def contrast(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, share of queries that find their key, and queries (B, E), of two views (B, C, H, W)."""
