@@ -80,7 +80,7 @@ class _Batches(Dataset[Batch | UserError]):
 
 
 def _outlive_signals(worker: int) -> None:
-    """A cluster or a terminal signals every process of a job; training needs its workers until it has ended in order."""
+    """A cluster or a terminal signals every process of a job; training needs its workers until it ends in order."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a worker not made by fork has no handlers of ours
         signal.signal(number, signal.SIG_IGN)
 

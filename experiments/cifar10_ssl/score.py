@@ -12,6 +12,7 @@ import torch
 from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.knn import KNN
 from ssl_lab.evals.linear import Linear
+from ssl_lab.evals.low_shot import LowShot
 from ssl_lab.evals.runner import run_all
 
 
@@ -33,5 +34,7 @@ class Arrays:
 
 
 if __name__ == "__main__":
-    rows = run_all({"knn": KNN(), "linear": Linear(), "collapse": Collapse()}, Stored(), Arrays(sys.argv[1]))
-    print(json.dumps({f"{r.evaluator}/{r.name}": round(r.value, 2) for r in rows if "/" not in r.name}))
+    evaluators = {"knn": KNN(), "linear": Linear(), "low_shot": LowShot(), "collapse": Collapse()}
+    rows = run_all(evaluators, Stored(), Arrays(sys.argv[1]))
+    shown = [r for r in rows if "/" not in r.name or r.evaluator == "low_shot"]
+    print(json.dumps({f"{r.evaluator}/{r.name}": round(r.value, 2) for r in shown}))
