@@ -21,6 +21,11 @@ class Batch(TypedDict, total=False):
 
     image: Tensor  # (B, C, H, W) float, normalised
     views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
+    tokens: Tensor  # (B, L) int64 token ids; of the source where there is a target sequence
+    labels: Tensor  # (B, L) int64 token ids to predict, -100 = not scored
+    valid: Tensor  # (B, L) bool, False = padding
+    segments: Tensor  # (B, L) int64 document of each token of a packed row
+    types: Tensor  # (B, L) int64 token types: first or second sentence
     target: Tensor  # (B,) int64 class
     index: Tensor  # (B,) int64 row in the data set
     position: Tensor  # (B,) int64 place in the endless training stream

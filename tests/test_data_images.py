@@ -111,8 +111,8 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
     assert (len(train), len(test)) == (7, 6)
     samples = test.read([0, 5])
     assert samples.targets.tolist() == [0, 1] and samples.rows.tolist() == [0, 5]
-    assert isinstance(samples.images, torch.Tensor) and samples.images.shape == (2, 3, 8, 8)
-    assert samples.images[:, 0, 0, 0].tolist() == [6, 11]
+    assert isinstance(samples.data, torch.Tensor) and samples.data.shape == (2, 3, 8, 8)
+    assert samples.data[:, 0, 0, 0].tolist() == [6, 11]
 
 
 def test_one_folder_is_divided_by_the_names_of_its_files(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_one_folder_is_divided_by_the_names_of_its_files(tmp_path: Path) -> None
 def test_images_of_several_sizes_stay_encoded(tmp_path: Path) -> None:
     folder(tmp_path, [f"{i}.png" for i in range(30)], lambda i: plain(i, 8 + i % 3, 9))
     images = HFImages(tmp_path).read([4, 1])
-    assert isinstance(images.images, list) and images.images[0].shape[:2] == (3, 9)
+    assert isinstance(images.data, list) and images.data[0].shape[:2] == (3, 9)
     with pytest.raises(UserError, match="one size"):
         HFImages(tmp_path, in_memory=True)
 
@@ -151,7 +151,7 @@ def test_parquet_folder(tmp_path: Path, in_memory: bool) -> None:
     assert (len(train), len(test)) == (20, 7) and train.classes == test.classes == ["a", "b", "c"]
     samples = test.read([4, 0, 6])
     assert samples.targets.tolist() == [-1, 0, 2]
-    assert [int(x[0, 0, 0]) for x in samples.images] == [0, 0, 2]
+    assert [int(x[0, 0, 0]) for x in samples.data] == [0, 0, 2]
 
 
 def test_one_parquet_file_with_named_columns_and_words_as_classes(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_one_parquet_file_with_named_columns_and_words_as_classes(tmp_path: Path
     test = HFImages(file, split="test", image_column="photo", label_column="kind")
     assert train.classes == test.classes == ["cat", "dog", "eel"]
     assert len(train) + len(test) == 60 and len(test) > 1
-    assert int(train.read([0]).images[0][0, 0, 0]) == 200
+    assert int(train.read([0]).data[0][0, 0, 0]) == 200
     with pytest.raises(UserError, match="no column 'lable': it has image, photo, kind"):
         HFImages(file, label_column="lable")
 
@@ -174,7 +174,7 @@ def test_hugging_face_features_are_understood(tmp_path: Path) -> None:
     images = HFImages(tmp_path, split="test")
     assert images.classes == ["no", "yes"]
     samples = images.read([2])
-    assert samples.targets.tolist() == [1] and int(samples.images[0][0, 0, 0]) == 2
+    assert samples.targets.tolist() == [1] and int(samples.data[0][0, 0, 0]) == 2
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -190,7 +190,7 @@ def test_unreadable_images_are_replaced_counted_and_reported(tmp_path: Path, in_
         bad = [row for row in range(len(images)) if everything.rows[row] != row]
         assert len(bad) == len(images.bad) >= 2
         for row in bad:
-            image, instead = everything.images[row], everything.images[int(everything.rows[row])]
+            image, instead = everything.data[row], everything.data[int(everything.rows[row])]
             assert torch.equal(image, instead)
         assert images.read(bad).rows.tolist() == everything.rows[bad].tolist()  # the same stand-in every time
         reads.append(everything.rows.tolist())

@@ -9,17 +9,17 @@ from ssl_lab.errors import UserError
 def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
     short, long = Shapes("train", 20), Shapes("train", 150)
     a, b = short.read(range(20)), long.read(range(20))
-    assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
-    assert torch.equal(long.scene(137).image, long.read([137]).images[0])
+    assert torch.equal(a.data, b.data) and torch.equal(a.targets, b.targets)
+    assert torch.equal(long.scene(137).image, long.read([137]).data[0])
     for other in (Shapes("test", 20), Shapes("train", 20, seed=1)):
-        assert not torch.equal(other.read(range(20)).images, a.images)
+        assert not torch.equal(other.read(range(20)).data, a.data)
 
 
 def test_rows_come_in_the_order_asked_for() -> None:
     shapes = Shapes("test", 30)
     samples = shapes.read([7, 3, 7])
     assert samples.rows.tolist() == [7, 3, 7]
-    assert torch.equal(samples.images[0], samples.images[2])
+    assert torch.equal(samples.data[0], samples.data[2])
     assert shapes.classes[int(samples.targets[1])] == shapes.scene(3).attributes["shape"]
 
 
@@ -27,8 +27,8 @@ def test_rows_come_in_the_order_asked_for() -> None:
 def test_pictures_fill_the_range_and_classes_are_even(size: int) -> None:
     shapes = Shapes("train", 400, image_size=size)
     samples = shapes.read(range(400))
-    assert samples.images.shape == (400, 3, size, size) and samples.images.dtype == torch.uint8
-    assert samples.images.float().std() > 40
+    assert samples.data.shape == (400, 3, size, size) and samples.data.dtype == torch.uint8
+    assert samples.data.float().std() > 40
     counts = samples.targets.bincount(minlength=len(SHAPES))
     assert counts.min() > 25 and counts.max() < 80
 
@@ -57,7 +57,7 @@ def test_words_agree_with_the_scene() -> None:
 def test_the_target_says_nothing_about_color_and_place() -> None:
     shapes = Shapes("train", 2000)
     samples = shapes.read(range(2000))
-    means = torch.stack([samples.images[samples.targets == c].float().mean((0, 2, 3)) for c in range(len(SHAPES))])
+    means = torch.stack([samples.data[samples.targets == c].float().mean((0, 2, 3)) for c in range(len(SHAPES))])
     assert (means - means.mean(0)).abs().max() < 14  # of 255; the spread of single images is about 60
 
 

@@ -19,7 +19,7 @@ from ssl_lab.errors import UserError
 class Noise:
     """Random 8 x 8 images whose first pixel is their row."""
 
-    classes = ["even", "odd"]
+    classes, unit = ["even", "odd"], "images"
 
     def __init__(self, length: int):
         self.images = torch.randint(0, 256, (length, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()

@@ -68,7 +68,7 @@ def toy(words: list[str]) -> list[str]:
 def photos(folder: Path) -> None:
     """Two classes of twelve small pictures."""
     samples = Shapes("train", 24).read(range(24))
-    for i, image in enumerate(samples.images):
+    for i, image in enumerate(samples.data):
         path = folder / ("cats", "dogs")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(image).resize((40, 40)).save(path)

@@ -145,7 +145,7 @@ class Gallery:
         """Images at these rows of a split as a person sees them, (B, 3, H, W) uint8."""
         data: Any = self.data
         source = data.train if split == "train" else data.test
-        parts = [data.eval_views(source.read(part.tolist()).images, part, 0)["image"] for part in rows.split(64)]
+        parts = [data.eval_views(source.read(part.tolist()).data, part, 0)["image"] for part in rows.split(64)]
         return self._pixels(torch.cat(parts))
 
     def _pixels(self, image: Tensor) -> Tensor:

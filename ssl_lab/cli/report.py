@@ -24,7 +24,7 @@ def heading(
     rate = method.optim.peak_lr(samples)
     lines = {
         "method": f"{type(method).__name__}, {_parameters(method)}",
-        "data": f"{data.num_train:,} images, {len(data.classes)} classes",
+        "data": _data(data),
         "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
         "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",
         **_schedules(method),
@@ -43,6 +43,12 @@ def summary(out: Path, rows: Sequence[Row], steps: int) -> list[str | Table]:
     shown = [row for row in rows if row.subject != "trained" or row.step == steps]
     found = [f"{name:<11}{out / place}" for name, place in places if (out / place).exists()]
     return [f"done: {steps:,} steps", *([table(shown)] if shown else []), *found]
+
+
+def _data(data: DataModule) -> str:
+    """Rows, and classes if there are any."""
+    rows = f"{data.num_train:,} {data.train.unit}"
+    return f"{rows}, {len(data.classes)} classes" if data.classes else rows
 
 
 def _parameters(method: Method) -> str:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from ssl_lab.types import Batch
 _AUGMENT = 0xA06  # keeps the draws of the augmentation apart from those of the order
 
 
-def augment(views: Views, images: Tensor | list[Tensor], position: Tensor, seed: int) -> Batch:
-    """The image keys of a training batch, on the device of `images`."""
-    return views(images, position, fold(seed, _AUGMENT))
+def augment(views: Views, data: Any, position: Tensor, seed: int) -> Batch:
+    """What the views make of `Samples.data` in training, on the device of images."""
+    return views(data, position, fold(seed, _AUGMENT))
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class TrainBatches:
         position = batch_positions(number, self.batch_size, self.rank, self.world_size)
         samples = self.source.read(rows_at(position, self.seed, len(self.source)).tolist())
         if self.views is not None:
-            batch = augment(self.views, samples.images, position, self.seed)
-        elif isinstance(samples.images, Tensor):
-            batch = {"image": samples.images}
+            batch = augment(self.views, samples.data, position, self.seed)
+        elif isinstance(samples.data, Tensor):
+            batch = {"image": samples.data}
         else:
             raise UserError("augment_on_device needs images of one size, held in memory: set it to false")
         batch.update({"target": samples.targets, "index": samples.rows, "position": position})
@@ -61,7 +62,7 @@ class EvalBatches:
         """Keys: those of the views, `target`, `index`."""
         rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
         samples = self.source.read(rows.tolist())
-        batch = self.views(samples.images, rows, 0)
+        batch = self.views(samples.data, rows, 0)
         batch.update({"target": samples.targets, "index": samples.rows})
         return batch
 

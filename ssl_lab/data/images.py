@@ -39,6 +39,8 @@ class HFImages:
         UserError: there is nothing at `path`, no image in it, or more than 1 % of what was read is unreadable.
     """
 
+    unit = "images"
+
     def __init__(
         self,
         path: str | Path,

@@ -31,6 +31,8 @@ class Shapes:
     A scene depends on (seed, split, index) and `image_size` only: a longer set begins with the shorter one.
     """
 
+    unit = "images"
+
     def __init__(self, split: Literal["train", "test"], length: int, image_size: int = 32, seed: int = 0):
         if split not in ("train", "test"):
             raise UserError(f"shapes has no split {split!r}: take train or test")

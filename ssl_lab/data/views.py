@@ -42,9 +42,13 @@ _CHUNK = 1 << 18  # values done at once on a CPU, so that a chunk stays in its c
 
 
 class Views(Protocol):
-    """(B, 3, H, W) uint8 or a list of (3, Hi, Wi) uint8, and (B,) int64 positions -> the image keys of a batch."""
+    """`Samples.data` and (B,) int64 positions -> keys of a batch.
 
-    def __call__(self, images: Images, position: Tensor, seed: int) -> Batch: ...
+    For images (B, 3, H, W) uint8 or a list of (3, Hi, Wi) uint8 -> `image` or `views`; the views of text are in
+    `ssl_lab/data/text_views.py`.
+    """
+
+    def __call__(self, data: Any, position: Tensor, seed: int, /) -> Batch: ...
 
 
 class Crop:

@@ -42,9 +42,10 @@ class CollapseAlarm(L.Callback):
             return
         if (step % trainer.log_every_n_steps and step != trainer.max_steps) or dist.rank() > 0:  # type: ignore[attr-defined]
             return
-        image = batch["image"] if "image" in batch else batch["views"][0]
+        batch = batch if "views" not in batch else Batch(image=batch["views"][0])
+        probe = {key: value[:_PROBE] for key, value in batch.items() if isinstance(value, Tensor)}
         with aside(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            features: Tensor = pl_module.embed(Batch(image=image[:_PROBE]))
+            features: Tensor = pl_module.embed(probe)  # type: ignore[arg-type]
         self.values = {"train/feature_std": float(feature_std(features)), "train/rankme": float(rankme(features))}
         if len(features) > 4 and step >= 0.1 * trainer.max_steps:
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
