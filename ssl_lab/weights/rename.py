@@ -14,10 +14,22 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Fuse:
-    """Several of their tensors are one of ours, stacked on dim 0 in equal parts: q, k and v."""
+    """Several of their tensors are one of ours, stacked on dim 0: q, k and v.
+
+    `shares` are the relative sizes of the parts, (H, Hkv, Hkv) under grouped-query attention; equal by default.
+    """
 
     ours: str
     theirs: tuple[str, ...]
+    shares: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that they hold as (in, out): GPT-2's Conv1D."""
+
+    ours: str
+    theirs: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Drop:
     theirs: str
 
 
-Row = tuple[str, str] | Fuse | Drop
+Row = tuple[str, str] | Fuse | Transposed | Drop
 Table = Sequence[Row]
 
 
@@ -49,10 +61,12 @@ def rename(state: Mapping[str, Tensor], table: Table, *, back: bool = False) -> 
             raise UserError(_unmatched(key, len(found), state, rules))
         rule, match = found[0]
         names = [_fill(target, match) for target in rule.targets]
+        if rule.transpose:
+            value = value.t()
         if rule.part is not None:
             parts.setdefault(names[0], {})[rule.part] = value
             continue
-        for name, piece in zip(names, _split(key, value, len(names)), strict=True):
+        for name, piece in zip(names, _split(key, value, rule.shares), strict=True):
             if name in out:
                 raise UserError(
                     f"weights: two tensors would be called {name!r}; the table is wrong for this checkpoint"
@@ -73,7 +87,9 @@ def prefixed(table: Table, ours: str, theirs: str) -> list[Row]:
         if isinstance(row, Drop):
             return Drop(theirs + row.theirs)
         if isinstance(row, Fuse):
-            return Fuse(ours + row.ours, tuple(theirs + name for name in row.theirs))
+            return Fuse(ours + row.ours, tuple(theirs + name for name in row.theirs), row.shares)
+        if isinstance(row, Transposed):
+            return Transposed(ours + row.ours, theirs + row.theirs)
         return ours + row[0], theirs + row[1]
 
     return [lift(row) for row in table]
@@ -85,16 +101,20 @@ class _Rule:
     targets: tuple[str, ...]  # empty = drop; several = split
     part: int | None = None  # this source is part number `part`
     of: int = 1  # of so many
+    shares: tuple[int, ...] = (1,)  # relative sizes of the pieces that go to the targets
+    transpose: bool = False
 
 
 def _forward(table: Table) -> list[_Rule]:
     rules = []
     for row in table:
         if isinstance(row, Drop):
-            rules.append(_Rule(_regex(row.theirs), ()))
+            rules.append(_Rule(_regex(row.theirs), (), shares=()))
         elif isinstance(row, Fuse):
             count = len(row.theirs)
             rules += [_Rule(_regex(name), (row.ours,), i, count) for i, name in enumerate(row.theirs)]
+        elif isinstance(row, Transposed):
+            rules.append(_Rule(_regex(row.theirs), (row.ours,), transpose=True))
         else:
             rules.append(_Rule(_regex(row[1]), (row[0],)))
     return rules
@@ -104,7 +124,10 @@ def _backward(table: Table) -> list[_Rule]:
     rules = []
     for row in table:
         if isinstance(row, Fuse):
-            rules.append(_Rule(_regex(row.ours), row.theirs))
+            shares = row.shares or (1,) * len(row.theirs)
+            rules.append(_Rule(_regex(row.ours), row.theirs, shares=shares))
+        elif isinstance(row, Transposed):
+            rules.append(_Rule(_regex(row.ours), (row.theirs,), transpose=True))
         elif not isinstance(row, Drop):
             rules.append(_Rule(_regex(row[0]), (row[1],)))
     return rules
@@ -121,12 +144,14 @@ def _fill(target: str, match: re.Match[str]) -> str:
     return target
 
 
-def _split(key: str, value: Tensor, count: int) -> Sequence[Tensor]:
-    if count <= 1:
-        return [value] * count
-    if value.shape[0] % count:
-        raise UserError(f"weights: {key!r} has {value.shape[0]} rows, which do not split into {count} equal parts")
-    return value.chunk(count)
+def _split(key: str, value: Tensor, shares: Sequence[int]) -> Sequence[Tensor]:
+    if len(shares) <= 1:
+        return [value] * len(shares)
+    rows, whole = value.shape[0], sum(shares)
+    if rows % whole:
+        equal = f"{whole} equal parts" if whole == len(shares) else f"parts in proportion {':'.join(map(str, shares))}"
+        raise UserError(f"weights: {key!r} has {rows} rows, which do not split into {equal}")
+    return value.split([rows // whole * share for share in shares])
 
 
 def _unmatched(key: str, rows: int, state: Mapping[str, Tensor], rules: list[_Rule]) -> str:
