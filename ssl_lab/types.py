@@ -98,3 +98,12 @@ class Classifies(Protocol):
     def classify(self, batch: Batch) -> Tensor:
         """(B, num_classes) logits."""
         ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A language model: perplexity."""
+
+    def nll(self, batch: Batch) -> Tensor:
+        """(B, L) float32: nats of every label, 0 where none is scored."""
+        ...

@@ -15,6 +15,7 @@ from ssl_lab.analysis.embedding import require_projection
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.cli.starting import decided_by_data
 from ssl_lab.cli.watch import Extraction
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
@@ -48,8 +49,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError("eval=[] leaves nothing to do: choose e.g. eval=[knn,linear]")
     data = build(data_config)
     data.setup("test")
-    if method_config.get("num_classes") == 0:  # as many as the data has
-        method_config["num_classes"] = len(data.classes)
+    decided_by_data(method_config, data)
 
     out, console = Path(cfg.out or folder or "runs/evaluate"), Console(highlight=False)
     rows: list[Row] = []
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> None:
             rows.extend(run_round(able, round, step=step, subject=subject, say=console.print))
             return round
 
-        if cfg.baselines:
+        if cfg.baselines and data.tokenizer is None:
             judge(Pixels(), 0, "raw pixels")
         torch.manual_seed(cfg.seed)
         method = build(without_downloads(method_config))

@@ -8,6 +8,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ssl_lab.cli.compose import build
+from ssl_lab.data.module import DataModule
+from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.weights import io
 
@@ -29,6 +31,22 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
     say(f"encoder: {told}, as in {node.encoder.weights}")
     torch.manual_seed(seed)
     return build(node)
+
+
+def decided_by_data(node: Any, data: DataModule) -> None:
+    """Fill in place what a method's configuration leaves to the data: `num_classes: 0`, and `vocab_size: 0` anywhere.
+
+    Raises:
+        UserError: a vocabulary is asked for, but the data are no text.
+    """
+    if node.get("num_classes") == 0:
+        node["num_classes"] = len(data.classes)
+    for part in [node, *(value for value in node.values() if hasattr(value, "values"))]:
+        if part.get("vocab_size") != 0:
+            continue
+        if data.tokenizer is None:
+            raise UserError("this method reads text, and the data are none: choose e.g. data=captions or data=text")
+        part["vocab_size"] = data.tokenizer.vocab_size
 
 
 def beginning(node: DictConfig) -> str:

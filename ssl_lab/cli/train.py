@@ -21,7 +21,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
-from ssl_lab.cli.starting import beginning, build_method
+from ssl_lab.cli.starting import beginning, build_method, decided_by_data
 from ssl_lab.cli.trainer import make_trainer, quiet
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -72,8 +72,7 @@ class Training:
         self.cfg, self.signals, self.out, self.first = cfg, signals, Path(cfg.out), first
         self.data = build(cfg.data)
         self.data.setup("fit")
-        if cfg.method.get("num_classes") == 0:  # as many as the data has
-            cfg.method.num_classes = len(self.data.classes)
+        decided_by_data(cfg.method, self.data)
         self.console = Console(quiet=not first, highlight=False)
         self.method: Method = build_method(cfg.method, cfg.seed, self.say)
         self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -106,10 +105,13 @@ class Training:
         self.loggers.rewind(self.standing.step if self.standing.step else -1)
         if self.first:
             save_config(self.out, self.config)
+            if self.data.tokenizer is not None:
+                self.data.tokenizer.save(self.out)
             sweep(self.out)
             sweep(self.out / "checkpoints")
         if self.cfg.baselines and self.standing.step == 0 and self.first:
-            self._judge({n: e for n, e in self.evaluators.items() if e.needs is Embeds}, 0, "raw pixels", Pixels())
+            if self.data.tokenizer is None:
+                self._judge({n: e for n, e in self.evaluators.items() if e.needs is Embeds}, 0, "raw pixels", Pixels())
             self._judge(self.evaluators, 0, beginning(self.cfg.method), self.method)
         self.signals.deferred = True
         try:
@@ -201,8 +203,10 @@ class Training:
     def _draw(self) -> dict[str, Tensor]:
         """What the method makes of some test images, and its patch features as colours."""
         batch = moved(next(iter(self.data.eval_loader("test", _SHOWN))), self.method.device)
+        drawn: dict[str, Tensor] = {}
+        if "image" not in batch:
+            return drawn
         stats = STATS[self.data.eval_views.stats]
-        drawn = {}
         with self.trainer.precision_plugin.forward_context():
             if (pictures := getattr(self.method, "pictures", None)) is not None:
                 columns = pictures(batch)

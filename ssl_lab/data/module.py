@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,9 @@ from ssl_lab.data.stream import eval_rows
 from ssl_lab.data.views import Views
 from ssl_lab.errors import UserError
 from ssl_lab.types import Batch
+
+if TYPE_CHECKING:
+    from ssl_lab.data.tokenizer import Tokenizer
 
 
 class DataModule(L.LightningDataModule):
@@ -62,13 +65,18 @@ class DataModule(L.LightningDataModule):
 
     @property
     def num_train(self) -> int:
-        """Number of training images: one epoch."""
+        """Number of training samples: one epoch."""
         return len(self.train)
 
     @property
     def classes(self) -> list[str]:
         """Class names in the order of the targets; empty without labels."""
         return self.train.classes
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """Of text; None for anything else."""
+        return getattr(self.train, "tokenizer", None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

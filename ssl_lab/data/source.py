@@ -28,6 +28,7 @@ class First:
     def __init__(self, source: "Source", count: int) -> None:
         self.source, self.count = source, min(count, len(source))
         self.classes, self.unit = source.classes, source.unit
+        self.tokenizer = getattr(source, "tokenizer", None)
 
     def __len__(self) -> int:
         return self.count

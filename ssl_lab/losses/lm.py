@@ -1,0 +1,53 @@
+"""Cross-entropy of predicted tokens, over the scored tokens of all ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lab import dist
+from ssl_lab.errors import UserError
+from ssl_lab.nn.linear import linear
+
+IGNORE = -100  # the label of a position that is not scored
+
+
+def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Negative log likelihood in nats (B, L) float32 of `labels` (B, L), 0 where they are -100.
+
+    Only scored positions go through the output layer.
+
+    Args:
+        hidden: (B, L, D) of the last layer.
+        weight: (V, D) of the output layer.
+        labels: (B, L) int64.
+        label_smoothing: share of the target that is spread evenly over the V tokens.
+    """
+    scored = labels != IGNORE
+    whole = bool(scored.all())
+    rows, wanted = (hidden.flatten(0, 1), labels.flatten()) if whole else (hidden[scored], labels[scored])
+    nll = F.cross_entropy(linear(rows, weight).float(), wanted, reduction="none", label_smoothing=label_smoothing)
+    if whole:
+        return nll.unflatten(0, labels.shape)
+    return nll.new_zeros(labels.shape).masked_scatter(scored, nll)
+
+
+def mean_over_tokens(nll: Tensor, labels: Tensor) -> Tensor:
+    """Mean of `nll` (B, L) over the scored tokens of all ranks.
+
+    Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those
+    of one process.
+
+    Raises:
+        UserError: no token is scored.
+    """
+    count = dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
+    if float(count) == 0:
+        raise UserError("no token of this batch is scored: all labels are -100; check the data and its views")
+    return nll.sum() / count
+
+
+@torch.no_grad()
+def top1(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Share of the scored tokens that are the most likely ones."""
+    scored = labels != IGNORE
+    return (linear(hidden[scored], weight).argmax(-1) == labels[scored]).float().mean()

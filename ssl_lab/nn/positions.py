@@ -1,0 +1,125 @@
+"""How a text model knows the order of its tokens: by what is added to them, by rotation, or by a bias of the scores.
+
+A model asks for all three; each kind answers one of them. `at` are the positions of the tokens, (L,) or (B, L) int64.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.nn.bias import alibi_bias
+from ssl_lab.nn.rope import Rope, rope_1d
+
+
+class Positions(nn.Module):
+    """No positions at all; the base of the others.
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: heads of the model.
+        max_length: positions that exist.
+
+    Attributes:
+        absolute: a position means the same whatever stands before it, so packed documents must count from their own
+            beginning; where only distances matter, they need not.
+    """
+
+    absolute = False
+
+    def __init__(self, dim: int, num_heads: int, max_length: int) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.max_length = dim, num_heads, max_length
+
+    def added(self, at: Tensor) -> Tensor | None:
+        """(L | B x L, D) to add to the tokens."""
+        return None
+
+    def rope(self, at: Tensor) -> Rope | None:
+        """cos and sin (L | B x 1 x L, Dh) for queries and keys."""
+        return None
+
+    def bias(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """(1, H, L, S) to add to the scores of the last L of S positions."""
+        return None
+
+
+class Learned(Positions):
+    """A learned table, as in BERT and GPT-2; normal(0.02)."""
+
+    absolute = True
+
+    def __init__(self, dim: int, num_heads: int, max_length: int) -> None:
+        super().__init__(dim, num_heads, max_length)
+        self.weight = nn.Parameter(torch.empty(max_length, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def added(self, at: Tensor) -> Tensor:
+        return nn.functional.embedding(at, self.weight)
+
+
+class Sinusoidal(Positions):
+    """The fixed waves of the Transformer (arXiv:1706.03762, section 3.5).
+
+    Sines and cosines alternate by channel, as in the paper; with `halves` all sines come first, as in Marian.
+    """
+
+    absolute = True
+    table: Tensor
+
+    def __init__(self, dim: int, num_heads: int, max_length: int, *, halves: bool = False) -> None:
+        super().__init__(dim, num_heads, max_length)
+        rate = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.arange(max_length, dtype=torch.float64)[:, None] * rate
+        waves = [angle.sin(), angle.cos()]
+        table = torch.cat(waves, 1) if halves else torch.stack(waves, 2).flatten(1)
+        self.register_buffer("table", table.float(), persistent=False)
+
+    def added(self, at: Tensor) -> Tensor:
+        return nn.functional.embedding(at, self.table)
+
+
+class Rotary(Positions):
+    """Rotation of queries and keys (RoFormer, arXiv:2104.09864), as in LLaMA.
+
+    Args:
+        dim: width of the model.
+        num_heads: query heads.
+        max_length: positions that exist.
+        base: theta of the slowest wave.
+        head_dim: width that is rotated; dim // num_heads by default.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, dim: int, num_heads: int, max_length: int, *, base: float = 10000.0, head_dim: int | None = None
+    ) -> None:
+        super().__init__(dim, num_heads, max_length)
+        cos, sin = rope_1d(torch.arange(max_length), head_dim or dim // num_heads, base=base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def rope(self, at: Tensor) -> Rope:
+        cos, sin = self.cos[at], self.sin[at]
+        return (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
+
+
+class ALiBi(Positions):
+    """A penalty that grows with the distance, steeper in some heads than in others (arXiv:2108.12409)."""
+
+    def bias(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        return alibi_bias(self.num_heads, queries, keys, device=device)
+
+
+def require_room(positions: Positions, length: int) -> None:
+    """Raise before a table ends.
+
+    Raises:
+        UserError: `length` positions are more than there are.
+    """
+    if length > positions.max_length:
+        raise UserError(
+            f"{length} tokens are longer than the model's context of {positions.max_length}: shorten the text, "
+            "generate fewer tokens, or choose a model with a larger max_length"
+        )
