@@ -14,7 +14,7 @@ from ssl_lab.nn.kernels.sdpa import BACKENDS, sdpa
 from ssl_lab.nn.mask import FULL, AttnMask
 
 KernelName = Literal["auto", "eager", "sdpa", "flash", "efficient", "cudnn", "math", "flex"]
-Kernel = Callable[[Tensor, Tensor, Tensor, AttnMask, float, float], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttnMask, float, float, Tensor | None], Tensor]
 
 KERNELS: dict[KernelName, Kernel] = {
     "eager": eager,
@@ -22,6 +22,7 @@ KERNELS: dict[KernelName, Kernel] = {
     **{name: functools.partial(sdpa, backend=name) for name in BACKENDS},
     "flex": flex,
 }
+BIASED = ("auto", "eager", "sdpa")  # kernels that add a bias to the scores
 
 
 def attend(
@@ -30,17 +31,19 @@ def attend(
     v: Tensor,
     mask: AttnMask = FULL,
     *,
+    bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     kernel: KernelName = "auto",
 ) -> Tensor:
-    """Scaled dot-product attention, (B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); H is a multiple of Hkv.
+    """Scaled dot-product attention, (B, H, L, Dh), (B, Hkv, S, Dh), (B, Hkv, S, Dv) -> (B, H, L, Dv), Hkv divides H.
 
     Args:
         q: queries.
         k: keys.
         v: values.
         mask: who may attend to whom; a query without any key gives 0.
+        bias: (B | 1, H, L, S) float, added to the scaled scores.
         scale: factor on the scores, Dh ** -0.5 by default.
         dropout_p: probability of dropping an attention weight.
         kernel: a name of `KERNELS`, or "auto" (see `choose`).
@@ -52,25 +55,35 @@ def attend(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if kernel == "auto":
-        kernel = choose(q, k, mask, dropout_p)
+        kernel = choose(q, k, mask, dropout_p, plain=bias is None and v.shape[-1] == q.shape[-1])
     elif not torch.compiler.is_compiling():
-        check(kernel, dtype=q.dtype, device=q.device, head_dim=q.shape[-1], mask=mask, dropout_p=dropout_p)
-    return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
+        width, biased = q.shape[-1], bias is not None
+        check(kernel, dtype=q.dtype, device=q.device, head_dim=width, mask=mask, dropout_p=dropout_p, bias=biased)
+    return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, bias)
 
 
-def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0) -> KernelName:
+def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0, *, plain: bool = True) -> KernelName:
     """The kernel of "auto": a fixed rule from measurements, never timed, so a resumed run chooses the same.
 
     On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
     short rows in fp32, where plain matrix products run 1.7 to 12 times faster; long rows and thin heads in fp32 are
     the opposite (`docs/performance.md` has the table). Accelerators: torch's own choice, flex for masks with structure.
+    `plain=False`: a score bias, or values of another width than the keys.
     """
     length, dim = k.shape[2], q.shape[-1]
     if q.device.type == "cpu":
+        if q.shape[2] == 1 and not torch.is_grad_enabled():  # decoding: one fused call instead of three
+            return "sdpa"
         if q.dtype in (torch.bfloat16, torch.float16):
             return "eager" if length <= 1024 else "sdpa"
         return "eager" if length < 80 and dim >= 32 else "sdpa"
-    if not mask.plain and length >= 1024 and dropout_p == 0 and supports("flex", device=q.device, mask=mask) is None:
+    if (
+        plain
+        and not mask.plain
+        and length >= 1024
+        and dropout_p == 0
+        and supports("flex", device=q.device, mask=mask) is None
+    ):
         return "flex"
     return "sdpa"
 
@@ -83,9 +96,10 @@ def check(
     head_dim: int = 64,
     mask: AttnMask = FULL,
     dropout_p: float = 0.0,
+    bias: bool = False,
 ) -> None:
     """Raise `UserError` with the reason when `kernel` cannot serve; see `supports`."""
-    reason = supports(kernel, dtype=dtype, device=device, head_dim=head_dim, mask=mask, dropout_p=dropout_p)
+    reason = supports(kernel, dtype=dtype, device=device, head_dim=head_dim, mask=mask, dropout_p=dropout_p, bias=bias)
     if reason is not None:
         raise UserError(f"attention={kernel} cannot run here: {reason}; attention=auto picks one that can")
 
@@ -98,12 +112,15 @@ def supports(
     head_dim: int = 64,
     mask: AttnMask = FULL,
     dropout_p: float = 0.0,
+    bias: bool = False,
 ) -> str | None:
     """None when `kernel` can serve, else the reason in words."""
     device = torch.device(device)
     half = dtype in (torch.bfloat16, torch.float16)
     if kernel not in KERNELS and kernel != "auto":
         return f"there is no such kernel; there are auto, {', '.join(KERNELS)}"
+    if bias and kernel not in BIASED:
+        return "it takes no score bias"
     if kernel == "flex" and dropout_p > 0:
         return "FlexAttention has no dropout"
     if kernel == "flex" and device.type == "cpu" and torch.is_grad_enabled():

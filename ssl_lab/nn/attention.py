@@ -24,6 +24,8 @@ class Attention(nn.Module):
         dim: width D.
         num_heads: query heads H.
         num_kv_heads: key/value heads, H by default.
+        head_dim: width Dh of a head, D / H by default.
+        scale: constant factor on the scores, Dh ** -0.5 by default (T5: 1).
         cross: keys and values come from `ctx.memory`.
         qkv_bias: biases of the input projections.
         proj_bias: bias of the output projection.
@@ -41,6 +43,8 @@ class Attention(nn.Module):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        scale: float | None = None,
         cross: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
@@ -51,20 +55,20 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
-        if dim % num_heads or num_heads % num_kv_heads:
+        if (head_dim is None and dim % num_heads) or num_heads % num_kv_heads:
             raise ValueError(
                 f"dim={dim} must be a multiple of num_heads={num_heads}, and that of num_kv_heads={num_kv_heads}"
             )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        kv_dim = num_kv_heads * self.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
+        q_dim, kv_dim = num_heads * self.head_dim, num_kv_heads * self.head_dim
         if cross:
-            self.q, self.kv = Linear(dim, dim, qkv_bias), Linear(dim, 2 * kv_dim, qkv_bias)
+            self.q, self.kv = Linear(dim, q_dim, qkv_bias), Linear(dim, 2 * kv_dim, qkv_bias)
         else:
-            self.qkv = Linear(dim, dim + 2 * kv_dim, qkv_bias)
-        self.proj = Linear(dim, dim, proj_bias)
+            self.qkv = Linear(dim, q_dim + 2 * kv_dim, qkv_bias)
+        self.proj = Linear(q_dim, dim, proj_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
-        self.cross, self.dropout, self.kernel, self.layer = cross, dropout, kernel, layer
+        self.cross, self.scale, self.dropout, self.kernel, self.layer = cross, scale, dropout, kernel, layer
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
         q, k, v = (heads.transpose(1, 2) for heads in self._project(x, ctx))
@@ -73,8 +77,14 @@ class Attention(nn.Module):
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None and not self.cross:
             k, v = ctx.cache.append(self.layer, k, v)
-        mask = ctx.memory_mask if self.cross else ctx.mask
-        out = attend(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, kernel=self.kernel)
+        out = attend(
+            q, k, v,
+            ctx.memory_mask if self.cross else ctx.mask,
+            bias=None if self.cross else ctx.bias,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            kernel=self.kernel,
+        )  # fmt: skip
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, ctx: "Context") -> tuple[Tensor, Tensor, Tensor]:

@@ -28,12 +28,13 @@ class Context:
     rope: Rope | None = None
     memory: Tensor | None = None  # (B, S, D) for cross-attention
     memory_mask: AttnMask = FULL
+    bias: Tensor | None = None  # (1 | B, H, L, S) added to the scaled scores of self-attention (ALiBi, T5)
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
 
 
 class Residual(nn.Module):
-    """x + drop_path(gain * scale * fn(norm(x))), or norm(x + ...) with place="post"; (B, L, D) -> (B, L, D).
+    """x + drop_path(gain * scale * dropout(fn(norm(x)))), or norm(x + ...) with place="post"; (B, L, D) -> (B, L, D).
 
     Args:
         dim: width D.
@@ -44,6 +45,7 @@ class Residual(nn.Module):
         layer_scale: initial value of a learned per-channel gain (CaiT, arXiv:2103.17239); None = no gain.
         gate: a learned scalar tanh gate that starts closed (Flamingo, arXiv:2204.14198).
         drop_path: probability of dropping the branch of a sample (arXiv:1603.09382).
+        dropout: probability of dropping an element of the branch's output.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class Residual(nn.Module):
         layer_scale: float | None = None,
         gate: bool = False,
         drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm, self.fn = norm(dim), fn
-        self.place, self.scale = place, scale
+        self.place, self.scale, self.dropout = place, scale, dropout
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -69,6 +72,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         branch = self.norm(x) if self.place == "pre" else x
         branch = self.layer_scale(self.fn(branch, ctx) if self.takes_context else self.fn(branch))
+        if self.training and self.dropout > 0:
+            branch = torch.dropout(branch, self.dropout, True)
         if self.scale != 1.0:
             branch = branch * self.scale
         if self.gate is not None:
@@ -103,7 +108,7 @@ class Block(nn.ModuleDict):
         first, *rest = (residual.fn for residual in self.values())
         if not isinstance(first, Attention) or first.cross or not all(hasattr(fn, "per_position") for fn in rest):
             return False
-        return not ctx.mask.causal and ctx.mask.segments is None and ctx.rope is None and ctx.cache is None
+        return not ctx.mask.causal and all(t is None for t in (ctx.mask.segments, ctx.rope, ctx.bias, ctx.cache))
 
     def _run(self, x: Tensor, ctx: Context) -> Tensor:
         for residual in self.values():

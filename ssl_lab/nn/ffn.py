@@ -30,15 +30,29 @@ class MLP(nn.Module):
         return self.fc2(self.dropout(self.act(self.fc1(x))))
 
 
-class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x): (B, L, D) -> (B, L, D) (Shazeer, 2020, arXiv:2002.05202)."""
+class GLU(nn.Module):
+    """W_down (act(W_gate x) * W_up x): (B, L, D) -> (B, L, D) (Shazeer, 2020, arXiv:2002.05202).
+
+    SwiGLU with the default activation, GEGLU with `F.gelu`.
+    """
 
     per_position = True
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Callable[[Tensor], Tensor] = F.silu,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.gate, self.up = Linear(dim, hidden, bias), Linear(dim, hidden, bias)
+        self.gate, self.up, self.act = Linear(dim, hidden, bias), Linear(dim, hidden, bias), act
         self.down, self.dropout = Linear(hidden, dim, bias), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
+
+
+SwiGLU = GLU

@@ -22,6 +22,8 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (E, D) transposed, plus bias (E) -> (..., E)."""
     if _through_onednn(x, weight, bias):
+        if not torch.is_grad_enabled():
+            return _product(x, weight, bias)
         out: Tensor = _OneDNN.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
@@ -31,13 +33,14 @@ def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
+        and x.numel() // weight.shape[1] * weight.shape[0] >= _SMALLEST
         and _AVAILABLE
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
 
+_SMALLEST = 4096  # numbers in the result: below, oneDNN's fixed cost (about 12 us) is more than it gains
 _AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

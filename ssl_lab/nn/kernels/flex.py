@@ -18,8 +18,14 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return torch.compile(run, dynamic=False) if compiled else run
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float) -> Tensor:
-    """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh). Compiled on an accelerator, interpreted on CPU."""
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, bias: Tensor | None = None
+) -> Tensor:
+    """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh). Compiled on an accelerator, interpreted on CPU.
+
+    `bias` must be None: `attend` refuses one, and `auto` never sends one here.
+    """
+    assert bias is None
     blocks = mask.blocks(q.shape[2], k.shape[2], q.device)
     run = _flex(q.device.type != "cpu" and not torch.compiler.is_compiling())
     out: Tensor = run(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

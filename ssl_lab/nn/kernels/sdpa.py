@@ -21,10 +21,17 @@ BACKENDS: dict[Backend, SDPBackend] = {
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, backend: Backend | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttnMask,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """(B, H, L, Dh), (B, Hkv, S, Dh) x2 -> (B, H, L, Dh); `backend` restricts torch's own choice."""
-    L, S = q.shape[2], k.shape[2]
+    """(B, H, L, Dh), (B, Hkv, S, Dh), (B, Hkv, S, Dv) -> (B, H, L, Dv); `backend` restricts torch's own choice."""
+    H, L, S = q.shape[1], q.shape[2], k.shape[2]
     # torch counts causal positions from the start of both, we from their ends: the same only for L == S
     causal = mask.plain and mask.causal and L == S
     allowed = None if causal else mask.dense(L, S, q.device)
@@ -32,9 +39,19 @@ def sdpa(
     if allowed is not None and not mask.plain:
         empty = ~allowed.any(-1, keepdim=True)
         allowed = allowed | empty  # backends disagree on rows without a key: let them see all, then zero them
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if causal:
+            causal, allowed = False, mask.dense(L, S, q.device)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    folded = L == 1 and k.shape[1] != H and (allowed is None or allowed.shape[1] == 1)
+    if folded:  # one query per head: the heads of a group are then queries of one head, and nothing is repeated
+        q = q.view(len(q), k.shape[1], -1, q.shape[-1])
     with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, dropout_p=dropout_p, is_causal=causal, scale=scale,
+            q, k, v, attn_mask=allowed, dropout_p=dropout_p, is_causal=causal and L > 1, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
+    if folded:
+        out = out.reshape(len(q), H, 1, -1)
     return out if empty is None else torch.where(empty, out.new_zeros(()), out)

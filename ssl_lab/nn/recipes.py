@@ -1,0 +1,173 @@
+"""Recipes of a block: which attention, which feed-forward, which norm and where it stands.
+
+Each is a function (dim, num_heads, *, ..., layer=, kernel=, dropout=) -> `Block`, as `nn.block.encoder_block` is.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lab.nn.attend import KernelName
+from ssl_lab.nn.attention import Attention
+from ssl_lab.nn.block import Block, Residual
+from ssl_lab.nn.ffn import GLU, MLP
+
+gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
+
+
+def layer_norm(dim: int, *, eps: float = 1e-5) -> nn.Module:
+    """LayerNorm with the epsilon of GPT-2."""
+    return nn.LayerNorm(dim, eps=eps)
+
+
+def rms_norm(dim: int, *, eps: float = 1e-6) -> nn.Module:
+    """RMSNorm (arXiv:1910.07467) with the epsilon of LLaMA, T5 and DeepSeek; LLaMA 2 and Mistral have 1e-5."""
+    return nn.RMSNorm(dim, eps=eps)
+
+
+def gpt_block(
+    dim: int,
+    num_heads: int,
+    *,
+    hidden: int | None = None,
+    eps: float = 1e-5,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """GPT-2: pre-norm, tanh-GELU, biases; `hidden` is 4 * dim by default.
+
+    Dropout acts on attention weights and on what both branches give.
+    """
+    attention = Attention(dim, num_heads, dropout=dropout, kernel=kernel, layer=layer)
+    norm = functools.partial(layer_norm, eps=eps)
+    mlp = MLP(dim, hidden or 4 * dim, act=gelu_tanh)
+    return Block(
+        attn=Residual(dim, attention, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
+    )
+
+
+def llama_block(
+    dim: int,
+    num_heads: int,
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    hidden: int | None = None,
+    eps: float = 1e-6,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """LLaMA (arXiv:2302.13971), Mistral and SmolLM2: RMSNorm, grouped heads, SwiGLU, no biases.
+
+    `hidden` is by default 2/3 of 4 * dim, rounded up to a multiple of 64.
+    """
+    attention = Attention(
+        dim,
+        num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        qkv_bias=False,
+        proj_bias=False,
+        dropout=dropout,
+        kernel=kernel,
+        layer=layer,
+    )
+    norm = functools.partial(rms_norm, eps=eps)
+    mlp = GLU(dim, hidden or -(-8 * dim // 3 // 64) * 64)
+    return Block(
+        attn=Residual(dim, attention, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
+    )
+
+
+def bert_block(
+    dim: int,
+    num_heads: int,
+    *,
+    hidden: int | None = None,
+    eps: float = 1e-12,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """BERT (arXiv:1810.04805): norms after the sums, exact GELU; dropout as in `gpt_block`."""
+    attention = Attention(dim, num_heads, dropout=dropout, kernel=kernel, layer=layer)
+    norm = functools.partial(layer_norm, eps=eps)
+    mlp = MLP(dim, hidden or 4 * dim)
+    return Block(
+        attn=Residual(dim, attention, norm=norm, place="post", dropout=dropout),
+        mlp=Residual(dim, mlp, norm=norm, place="post", dropout=dropout),
+    )
+
+
+def transformer_block(
+    dim: int,
+    num_heads: int,
+    *,
+    hidden: int | None = None,
+    cross: bool = False,
+    eps: float = 1e-5,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """The Transformer of arXiv:1706.03762: norms after the sums, ReLU; with `cross`, attention to `Context.memory`.
+
+    Dropout acts on what each branch gives (section 5.4), not on attention weights.
+    """
+    norm = functools.partial(layer_norm, eps=eps)
+    sublayers: dict[str, nn.Module] = {"attn": Attention(dim, num_heads, kernel=kernel, layer=layer)}
+    if cross:
+        sublayers["cross"] = Attention(dim, num_heads, cross=True, kernel=kernel, layer=layer)
+    sublayers["mlp"] = MLP(dim, hidden or 4 * dim, act=F.relu)
+    return Block(
+        **{name: Residual(dim, fn, norm=norm, place="post", dropout=dropout) for name, fn in sublayers.items()}
+    )
+
+
+def t5_block(
+    dim: int,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    hidden: int | None = None,
+    gated: bool = False,
+    cross: bool = False,
+    eps: float = 1e-6,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """T5 (arXiv:1910.10683): RMSNorm first, no biases, scores not scaled, ReLU; `gated` = tanh-GEGLU of v1.1.
+
+    `hidden` is 4 * dim by default. Dropout acts on attention weights, inside the feed-forward and on each branch.
+    """
+
+    def attention(cross: bool) -> Attention:
+        return Attention(
+            dim,
+            num_heads,
+            head_dim=head_dim,
+            scale=1.0,
+            cross=cross,
+            qkv_bias=False,
+            proj_bias=False,
+            dropout=dropout,
+            kernel=kernel,
+            layer=layer,
+        )
+
+    width = hidden or 4 * dim
+    sublayers: dict[str, nn.Module] = {"attn": attention(False)}
+    if cross:
+        sublayers["cross"] = attention(True)
+    sublayers["mlp"] = (
+        GLU(dim, width, act=gelu_tanh, dropout=dropout)
+        if gated
+        else MLP(dim, width, act=F.relu, bias=False, dropout=dropout)
+    )
+    norm = functools.partial(rms_norm, eps=eps)
+    return Block(**{name: Residual(dim, fn, norm=norm, dropout=dropout) for name, fn in sublayers.items()})
