@@ -11,32 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench.step import TrainStep, dtypes, method_step
+from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.causal_lm import CausalLM
 from ssl_lab.methods.dino import DINO
-from ssl_lab.methods.mae import MAE, Decoder
+from ssl_lab.methods.mae import MAE
+from ssl_lab.methods.mae import Decoder as PixelDecoder
 from ssl_lab.methods.moco_v3 import MoCoV3
 from ssl_lab.methods.supervised import Supervised
 from ssl_lab.nn.heads import DINOHead
+from ssl_lab.nn.positions import Rotary
+from ssl_lab.nn.recipes import llama_block, rms_norm
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch
 
 
 def make(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> "TrainStep | InferStep | None":
-    """One step of `family` (mae | dino | moco | vit | vit_infer) as a call that gives its loss; None for any other.
+    """One step of `family` (mae | dino | moco | vit | vit_infer | llama) as a call that gives its loss; None for any other.
 
     Args:
         family: what to do; moco is MoCo v3, without the frozen patch projection, which other libraries train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
             `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
-            `out`, `T`; for vit and vit_infer `classes`.
+            `out`, `T`; for vit and vit_infer `classes`;
+            for llama `dim`, `depth`, `heads`, `ffn`, `vocab`, `seq` in the place of the image sizes.
         inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit; for dino lists `global` and `local` of
-            views, for moco a list `views`.
+            views, for moco a list `views`, for llama `ids` (B, L) int64.
     """
-    if family not in ("mae", "dino", "moco", "vit", "vit_infer"):
+    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "llama"):
         return None
     device, precision = torch.device(cfg["device"]), "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
+    if family == "llama":
+        ids = inputs["ids"]
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1)
+        language = CausalLM(llama(cfg, cfg["seq"]))
+        language.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
+        return method_step(language, Batch(tokens=ids, labels=labels), device=device, precision=precision)
     encoder = ViT(
         cfg["dim"],
         cfg["depth"],
@@ -53,6 +66,21 @@ def make(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> "Tra
     return method_step(method, batch, device=device, precision=precision)
 
 
+def llama(cfg: Mapping[str, Any], max_length: int) -> Decoder:
+    """The LLaMA-like decoder of the sizes in `cfg`, with an output layer of its own."""
+    return Decoder(
+        cfg["vocab"],
+        cfg["dim"],
+        cfg["depth"],
+        cfg["heads"],
+        max_length=max_length,
+        positions=Rotary,
+        tied=False,
+        block=partial(llama_block, hidden=cfg["ffn"]),
+        norm=rms_norm,
+    )
+
+
 def _method(family: str, encoder: ViT, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Method, Batch]:
     if family == "dino":
         sizes = {"prototypes": cfg["protos"], "hidden": cfg["hidden"], "bottleneck": cfg["bottleneck"]}
@@ -63,7 +91,7 @@ def _method(family: str, encoder: ViT, cfg: Mapping[str, Any], inputs: Mapping[s
         moco = MoCoV3(encoder, temperature=cfg["T"], freeze_patch_embed=False, **sizes)
         return moco, Batch(views=inputs["views"])
     if family == "mae":
-        decoder = partial(Decoder, dim=cfg["dec_dim"], depth=cfg["dec_depth"], num_heads=cfg["dec_heads"])
+        decoder = partial(PixelDecoder, dim=cfg["dec_dim"], depth=cfg["dec_depth"], num_heads=cfg["dec_heads"])
         return MAE(encoder, decoder=decoder, mask_ratio=cfg["mask"]), Batch(image=inputs["images"])
     return Supervised(encoder, cfg["classes"]), Batch(image=inputs["images"], target=inputs["labels"])
 
