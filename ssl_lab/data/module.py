@@ -34,6 +34,7 @@ class DataModule(L.LightningDataModule):
         seed: ties the order of the rows and the augmentation together with the position.
         rows: train on the first so many rows only; None = all.
         path: where the sources come from, for the reader of a configuration; the sources have it already.
+        tokenizer: of the sources of text, likewise.
 
     Nothing is saved in a checkpoint: the position is global_step x accumulate_grad_batches x batch_size x world_size.
     """
@@ -52,6 +53,7 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         rows: int | None = None,
         path: str | None = None,
+        tokenizer: Tokenizer | str | None = None,
     ):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("rows", rows)):

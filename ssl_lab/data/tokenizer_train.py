@@ -1,0 +1,108 @@
+"""Training of tokenizers by the `tokenizers` library, with the settings of GPT-2, GPT-4 and BERT."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, get_args
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ssl_lab.errors import UserError
+
+Kind = Literal["character", "bpe", "bpe4", "wordpiece"]
+ROLES = ("pad", "bos", "eos", "unk", "mask", "cls", "sep")
+END = "<|endoftext|>"
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_GPT4_PATTERN = (  # cl100k_base: contractions, words with a mark before them, digits by three, marks, spaces
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train(
+    texts: Iterable[str], kind: Kind, vocab_size: int, special: Sequence[str] = (), origin: str = ""
+) -> Tokenizer:
+    """A tokenizer for `texts`; `special` are further special tokens, `origin` names the texts in messages.
+
+    Special tokens come first, then the alphabet, then what was learned. Both BPEs have <|endoftext|>, WordPiece has
+    [PAD] [UNK] [CLS] [SEP] [MASK] and puts [CLS] and [SEP] around a sentence or a pair.
+
+    Raises:
+        UserError: no text, an unknown kind, or a vocabulary smaller than the alphabet.
+    """
+    if kind not in get_args(Kind):
+        raise UserError(f"kind={kind}: a tokenizer is one of {', '.join(get_args(Kind))}")
+    counted = _Counted(texts)
+    backend = _MAKERS[kind](counted, vocab_size, list(special))
+    if not counted.characters:
+        raise UserError(f"there is no text in {origin or 'the corpus'}: a tokenizer cannot be trained on it")
+    if kind != "character" and (size := backend.get_vocab_size()) > vocab_size:
+        raise UserError(
+            f"vocab_size={vocab_size} is smaller than the alphabet with its special tokens: set it to {size} or more"
+        )
+    return backend
+
+
+def _character(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    alphabet = sorted(set().union(*texts))
+    unk = next((name for name in special if name in ("<unk>", "[UNK]")), None)
+    vocab = {name: i for i, name in enumerate([*special, *alphabet])}
+    # BPE without merges leaves a text in characters, without the cost of a piece for each.
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unk))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(special)
+    return backend
+
+
+def _bpe(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _byte_level(backend, texts, vocab_size, special)
+
+
+def _bpe4(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_GPT4_PATTERN), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    return _byte_level(backend, texts, vocab_size, special)
+
+
+def _byte_level(backend: Tokenizer, texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(dict.fromkeys([END, *special])),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _wordpiece(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(dict.fromkeys([*BERT_SPECIAL, *special])), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    vocab = backend.get_vocab()
+    backend.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return backend
+
+
+class _Counted:
+    """Hands texts on and counts their characters."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts, self.characters = texts, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.characters += len(text)
+            yield text
+
+
+_MAKERS = {"character": _character, "bpe": _bpe, "bpe4": _bpe4, "wordpiece": _wordpiece}
