@@ -10,7 +10,7 @@ from ssl_lab.nn.block import Block, Context, NormType, Transformer
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.mask import FULL, AttnMask
-from ssl_lab.nn.positions import Learned, Positions, require_room
+from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
 from ssl_lab.nn.recipes import gpt_block, layer_norm
 from ssl_lab.types import Encoded
 
@@ -129,9 +129,6 @@ class Decoder(Transformer):
         """Positions (L,) or (B, L): counted from the first valid token, and for a table from a document's first."""
         if valid is not None:
             return (valid.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-        at = torch.arange(past, past + length, device=device)
         if segments is None or not self.positions.absolute:
-            return at
-        first = torch.ones_like(segments, dtype=torch.bool)
-        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        return at - torch.where(first, at, 0).cummax(1).values
+            return torch.arange(past, past + length, device=device)
+        return since_start(segments)

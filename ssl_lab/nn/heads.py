@@ -74,3 +74,45 @@ class DINOHead(nn.Module):
         x = self.mlp(x)
         # float16 has no room for the default's 1e-12 in the denominator
         return linear(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12), weight)
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's output for masked tokens: Linear, GELU, LayerNorm, then the embedding and a bias of its own.
+
+    Args:
+        dim: width D of the encoder.
+        vocab_size: tokens V.
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, *, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.dense, self.norm = Linear(dim, dim), nn.LayerNorm(dim, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        nn.init.trunc_normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., D), and the embedding (V, D) -> logits (..., V)."""
+        return linear(self.norm(F.gelu(self.dense(x))), weight, self.bias)
+
+
+class PoolerHead(nn.Module):
+    """BERT's classifier of a text: Linear and tanh on [CLS], then classes; for next sentence 0 = it is the next.
+
+    Args:
+        dim: width D of the encoder.
+        num_classes: classes.
+        dropout: before the last layer.
+    """
+
+    def __init__(self, dim: int, num_classes: int = 2, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dense, self.dropout, self.out = Linear(dim, dim), nn.Dropout(dropout), Linear(dim, num_classes)
+        for layer in (self.dense, self.out):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) class token -> (B, num_classes) logits."""
+        return self.out(self.dropout(self.dense(x).tanh()))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
-from ssl_lab.nn.bias import alibi_bias
+from ssl_lab.nn.bias import RelativeBias, alibi_bias
 from ssl_lab.nn.rope import Rope, rope_1d
 
 
@@ -110,6 +110,43 @@ class ALiBi(Positions):
 
     def bias(self, queries: int, keys: int, device: torch.device) -> Tensor:
         return alibi_bias(self.num_heads, queries, keys, device=device)
+
+
+class Relative(Positions):
+    """T5's learned bias by bucketed distance, one for all layers; see `RelativeBias`.
+
+    Args:
+        dim: width D of the model.
+        num_heads: heads of the model.
+        max_length: positions that fit; the bias itself knows no end.
+        num_buckets: buckets of distance.
+        max_distance: distances from here on share the last bucket.
+        bidirectional: tell before from after; False for a decoder.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        max_length: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+    ) -> None:
+        super().__init__(dim, num_heads, max_length)
+        self.table = RelativeBias(num_heads, num_buckets, max_distance, bidirectional)
+
+    def bias(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        return self.table(queries, keys)
+
+
+def since_start(segments: Tensor) -> Tensor:
+    """Ids (B, L) of packed documents -> (B, L) int64 positions that begin at 0 in each of them."""
+    at = torch.arange(segments.shape[1], device=segments.device)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return at - torch.where(first, at, 0).cummax(1).values
 
 
 def require_room(positions: Positions, length: int) -> None:

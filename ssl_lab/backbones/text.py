@@ -1,0 +1,128 @@
+"""The text encoder: BERT, CLIP's text tower and T5's encoder are recipes of its blocks, positions and norm."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lab.nn.block import Block, Context, NormType, Residual, Transformer
+from ssl_lab.nn.mask import AttnMask
+from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
+from ssl_lab.nn.recipes import bert_block, layer_norm
+from ssl_lab.types import Encoded
+
+
+class TextEncoder(Transformer):
+    """Token ids (B, L) -> `Encoded`: tokens, positions and types, blocks.
+
+    `Encoded.tokens` are all L positions, so that they line up with labels. The first of them is also given as the
+    class token (BERT's [CLS]), except under `causal`, where it has seen nothing: there pool by "last" or "mean".
+
+    Args:
+        vocab_size: tokens V.
+        dim: width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        max_length: tokens that fit.
+        positions: makes the positions, called with (dim, num_heads, max_length).
+        num_types: token types, 2 for sentence A and B; 0 = no such embedding.
+        causal: a position sees itself and earlier ones (CLIP).
+        dropout: of the embedded tokens.
+        block: recipe of a block, called with (dim, num_heads, layer=).
+        norm: of the embedded tokens where the blocks are post-norm (BERT), else of the output.
+        weights: start from these, see `ssl_lab.weights.text.load`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        *,
+        max_length: int = 512,
+        positions: Callable[[int, int, int], Positions] = Learned,
+        num_types: int = 2,
+        causal: bool = False,
+        dropout: float = 0.0,
+        block: Callable[..., Block] = bert_block,
+        norm: NormType = layer_norm,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__(lambda layer: block(dim, num_heads, layer=layer), depth, dim, norm=norm)
+        self.dim, self.vocab_size, self.causal = dim, vocab_size, causal
+        self.embed, self.positions = nn.Embedding(vocab_size, dim), positions(dim, num_heads, max_length)
+        self.types = nn.Embedding(num_types, dim) if num_types else None
+        self.embed_norm: nn.Module = nn.Identity()
+        if post_norm(self):
+            self.embed_norm, self.norm = self.norm, nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.init_weights()
+        if weights is not None:
+            from ssl_lab.weights.text import load
+
+            load(self, weights)
+
+    def init_weights(self) -> None:
+        """BERT's normal(0.02) with biases 0; for a causal tower CLIP's, whose deviations follow width and depth."""
+        branch = self.dim**-0.5 * (2 * len(self.blocks)) ** -0.5
+        clip = {"qkv": self.dim**-0.5, "proj": branch, "fc1": (2 * self.dim) ** -0.5, "fc2": branch}
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.ndim > 1:
+                parent = name.split(".")[-2]
+                std = 0.01 if parent == "positions" else clip.get(parent, 0.02)
+                nn.init.trunc_normal_(p, std=std if self.causal else 0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        types: Tensor | None = None,
+        segments: Tensor | None = None,
+        layers: Sequence[int] = (),
+        tokens: bool = True,
+    ) -> Encoded:
+        """Encode token ids (B, L) int64, or what stands for them (B, L, D).
+
+        Args:
+            x: the tokens.
+            valid: (B, L) bool, False = padding, which stands at the end.
+            types: (B, L) int64 token types, 0 by default.
+            segments: (B, L) documents of a packed row, which do not see each other.
+            layers: blocks whose outputs are wanted.
+            tokens: False promises that only the class token will be read; the last block leaves the others out.
+
+        Raises:
+            UserError: more tokens than `max_length`.
+        """
+        length = x.shape[1]
+        require_room(self.positions, length)
+        at = torch.arange(length, device=x.device)
+        if segments is not None and self.positions.absolute:
+            at = since_start(segments)
+        ctx = Context(
+            mask=AttnMask(causal=self.causal, valid=valid, segments=segments),
+            rope=self.positions.rope(at),
+            bias=self.positions.bias(length, length, x.device),
+        )
+        rows = None if tokens or self.causal else at.new_zeros(len(x), 1)
+        out, hidden = self.encode(self._embedded(x, at, types), ctx, layers, rows)
+        out = self.norm(out)
+        first = out[:, :0] if self.causal else out[:, :1]
+        return Encoded(out, first, valid=valid if rows is None else None, hidden=hidden, has_cls=not self.causal)
+
+    def _embedded(self, x: Tensor, at: Tensor, types: Tensor | None) -> Tensor:
+        tokens = self.embed(x) if x.dim() == 2 else x
+        if (added := self.positions.added(at)) is not None:
+            tokens = tokens + added.to(tokens.dtype)
+        if self.types is not None:
+            tokens = tokens + (self.types.weight[0] if types is None else self.types(types))
+        return self.dropout(self.embed_norm(tokens))
+
+
+def post_norm(stack: Transformer) -> bool:
+    """Whether the blocks of `stack` end with a norm, so that none need follow them."""
+    return any(isinstance(module, Residual) and module.place == "post" for module in stack.blocks.modules())
