@@ -68,13 +68,18 @@ class Attention(nn.Module):
         self.proj = Linear(q_dim, dim, proj_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.qk_norm, self._counts = qk_norm is not None, (num_heads, num_kv_heads, num_kv_heads)
         self.cross, self.scale, self.dropout, self.kernel, self.layer = cross, scale, dropout, kernel, layer
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
-        q, k, v = (heads.transpose(1, 2) for heads in self._project(x, ctx))
+        heads = self._project(x, ctx)
+        q, k, v = heads.split(self._counts, 1) if isinstance(heads, Tensor) else heads
         q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None and not self.cross:
-            q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+            if isinstance(heads, Tensor) and not self.qk_norm:  # both in one go: fewer steps per token
+                q, k = rotate(heads[:, : -self.num_kv_heads], ctx.rope).split(self._counts[:2], 1)
+            else:
+                q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None and not self.cross:
             k, v = ctx.cache.append(self.layer, k, v)
         out = attend(
@@ -87,21 +92,20 @@ class Attention(nn.Module):
         )  # fmt: skip
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def _project(self, x: Tensor, ctx: "Context") -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, L, H, Dh), keys and values (B, S, Hkv, Dh)."""
+    def _project(self, x: Tensor, ctx: "Context") -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values in one (B, H + 2 Hkv, L, Dh), or (B, H, L, Dh) and (B, Hkv, S, Dh) twice."""
         if self.cross:
             if ctx.memory is None:
                 raise ValueError("cross-attention needs Context.memory")
-            k, v = self._heads(self.kv(ctx.memory)).chunk(2, 2)
+            k, v = self._heads(self.kv(ctx.memory)).chunk(2, 1)
             return self._heads(self.q(x)), k, v
         if ctx.rows is None:
-            q, k, v = self._heads(self.qkv(x)).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
-            return q, k, v
+            return self._heads(self.qkv(x))
         width, weight, bias = self.num_heads * self.head_dim, self.qkv.weight, self.qkv.bias
-        k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, 2)
+        k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, 1)
         q = linear(take(x, ctx.rows), weight[:width], None if bias is None else bias[:width])
         return self._heads(q), k, v
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, L, H * Dh) -> (B, L, H, Dh)."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        """(B, L, H * Dh) -> (B, H, L, Dh)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
