@@ -140,9 +140,9 @@ class Training:
         missing = {k: e for k, e in self.evaluators.items() if (k, json.dumps(e.protocol)) not in known}
         self._judge(missing, self.steps, "trained", self.method)
         self.pictures.show(self.method, self.steps)
-        encoder = getattr(self.method, "encoder", None)
-        if self.first and isinstance(encoder, nn.Module):
-            io.save(encoder, self.out / "last.safetensors")
+        network = getattr(self.method, "encoder", getattr(self.method, "decoder", None))
+        if self.first and isinstance(network, nn.Module):
+            io.save(network, self.out / "last.safetensors")
         self.loggers.close()
         self.say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
 

@@ -36,8 +36,9 @@ class Log(L.Callback):
     """Writes one row per `trainer.log_every_n_steps` optimizer steps, and one at the last step.
 
     train/* are the values of that step, not means since the row before, so that a resumed run repeats them. opt/lr and
-    opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/images_per_s
-    leaves out evaluations, pictures and checkpoints; time/data_wait is the share of the time spent waiting for data.
+    opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/samples_per_s
+    and, for text, time/tokens_per_s leave out evaluations, pictures and checkpoints; time/data_wait is the share of the
+    time spent waiting for data.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Log(L.Callback):
         more: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._loggers, self._grad_norm, self._more = loggers, grad_norm, more
-        self._busy, self._wait, self._steps, self._start = 0.0, 0.0, 0, 0.0
+        self._busy, self._wait, self._steps, self._start, self._tokens = 0.0, 0.0, 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restart(trainer)
@@ -56,6 +57,7 @@ class Log(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._start = time.perf_counter()
+        self._tokens += batch["tokens"].numel() if "tokens" in batch else 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -78,13 +80,15 @@ class Log(L.Callback):
             row["opt/grad_norm"] = float(norm)
         waited = _waited(trainer) - self._wait
         seconds = max(self._busy + waited, 1e-9)
-        row["time/images_per_s"] = self._steps * int(pl_module.samples_per_step) / seconds  # type: ignore[arg-type]
+        row["time/samples_per_s"] = self._steps * int(pl_module.samples_per_step) / seconds  # type: ignore[arg-type]
+        if self._tokens:
+            row["time/tokens_per_s"] = self._tokens * trainer.world_size / seconds
         row["time/data_wait"] = waited / seconds
         row["memory/peak_gb"] = _peak_bytes(pl_module.device) / 1e9
         return row
 
     def _restart(self, trainer: L.Trainer) -> None:
-        self._busy, self._steps, self._wait = 0.0, 0, _waited(trainer)
+        self._busy, self._steps, self._wait, self._tokens = 0.0, 0, _waited(trainer), 0
 
 
 def _waited(trainer: L.Trainer) -> float:
