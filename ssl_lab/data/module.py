@@ -53,7 +53,7 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         rows: int | None = None,
         path: str | None = None,
-        tokenizer: Tokenizer | str | None = None,
+        tokenizer: "Tokenizer | str | None" = None,
     ):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("rows", rows)):
