@@ -145,8 +145,8 @@ def marian():
     config = transformers.MarianConfig(
         vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
-        pad_token_id=START, decoder_start_token_id=START, eos_token_id=1, forced_eos_token_id=1, activation_function="relu",
-        scale_embedding=True, dropout=0.0,
+        pad_token_id=START, decoder_start_token_id=START, eos_token_id=1, forced_eos_token_id=1,
+        activation_function="relu", scale_embedding=True, dropout=0.0,
     )  # fmt: skip
     model = transformers.MarianMTModel(config)
     tables = [p for n, p in model.named_parameters() if "embed_positions" in n]
