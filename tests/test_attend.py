@@ -19,6 +19,9 @@ MASKS = {
     "segments": AttnMask(segments=SEGMENTS),
     "causal_segments": AttnMask(causal=True, segments=SEGMENTS),
     "window": AttnMask(causal=True, window=3),
+    "both_sides": AttnMask(window=3),
+    "longformer": AttnMask(window=2, everyone=torch.arange(L)[None] == torch.tensor([[0], [5]]), valid=VALID),
+    "sinks": AttnMask(causal=True, window=3, everyone=torch.arange(L)[None].expand(B, L) < 2),
     "prefix": AttnMask(causal=True, prefix=torch.tensor([4, 0])),
     "prefix_window_valid": AttnMask(causal=True, prefix=torch.tensor([4, 2]), window=4, valid=VALID),
 }
@@ -37,9 +40,10 @@ def naive(q, k, v, mask):
     for b in range(B):
         for i in range(L):
             for j in range(L):
-                ok = True
+                ok = mask.window is None or abs(i - j) < mask.window
+                ok = ok or (mask.everyone is not None and bool(mask.everyone[b, i] or mask.everyone[b, j]))
                 if mask.causal:
-                    ok = j <= i and (mask.window is None or i - j < mask.window)
+                    ok = ok and j <= i
                     ok = ok or (mask.prefix is not None and j < int(mask.prefix[b]))
                 if mask.valid is not None:
                     ok = ok and bool(mask.valid[b, j])
@@ -92,6 +96,24 @@ def test_queries_are_the_last_positions(kernel):
     q, k, v = (t.detach() for t in tensors())
     whole = attend(q, k, v, CAUSAL, kernel=kernel)
     torch.testing.assert_close(attend(q[:, :, -3:], k, v, CAUSAL, kernel=kernel), whole[:, :, -3:])
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("last", [1, 5])
+def test_every_mask_holds_for_the_last_queries(mask, last):
+    """Also where a cache has dropped keys that nobody sees any more."""
+    whole = mask.dense(L, L, "cpu")
+    whole = torch.ones(1, 1, L, L, dtype=torch.bool) if whole is None else whole.expand(-1, -1, L, -1)
+    part = mask.dense(last, L, "cpu")
+    part = torch.ones(1, 1, last, L, dtype=torch.bool) if part is None else part
+    expected = whole[:, :, -last:] if mask.causal else part.expand(len(whole), 1, last, L)
+    assert torch.equal(part.expand_as(expected), expected)
+    if mask.causal and mask.window and mask.prefix is None and mask.everyone is None:
+        size = mask.window - 1 + last
+        kept = mask.dense(last, size, "cpu")
+        kept = torch.ones(1, 1, last, size, dtype=torch.bool) if kept is None else kept
+        assert torch.equal(kept.expand_as(expected[..., -size:]), expected[..., -size:])
+        assert not expected[..., :-size].any()
 
 
 def test_an_impossible_kernel_says_why():

@@ -95,9 +95,9 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, ctx: "Context") -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values in one (B, H + 2 Hkv, L, Dh), or (B, H, L, Dh) and (B, Hkv, S, Dh) twice."""
         if self.cross:
-            if ctx.memory is None:
-                raise ValueError("cross-attention needs Context.memory")
-            k, v = self._heads(self.kv(ctx.memory)).chunk(2, 1)
+            k, v = (
+                self._of_memory(ctx) if ctx.cache is None else ctx.cache.fixed(self.layer, lambda: self._of_memory(ctx))
+            )
             return self._heads(self.q(x)), k, v
         if ctx.rows is None:
             return self._heads(self.qkv(x))
@@ -105,6 +105,12 @@ class Attention(nn.Module):
         k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, 1)
         q = linear(take(x, ctx.rows), weight[:width], None if bias is None else bias[:width])
         return self._heads(q), k, v
+
+    def _of_memory(self, ctx: "Context") -> tuple[Tensor, ...]:
+        """Keys and values (B, Hkv, S, Dh) of `ctx.memory`."""
+        if ctx.memory is None:
+            raise ValueError("cross-attention needs Context.memory")
+        return self._heads(self.kv(ctx.memory)).chunk(2, 1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, H * Dh) -> (B, H, L, Dh)."""

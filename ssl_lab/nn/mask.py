@@ -17,14 +17,18 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class AttnMask:
     """All conditions hold together: a query attends to a key when every one of them allows it.
 
-    Queries are the last L of S positions, so a causal mask with a key-value cache needs nothing else.
+    Queries are the last L of S positions, so a causal mask with a key-value cache needs nothing else. Where a cache has
+    dropped old positions, the last S columns of `valid`, `segments` and `everyone` count.
 
     Args:
         causal: a position sees itself and earlier ones.
         valid: (B, S) bool, False = padding that nobody sees.
         segments: (B, S) integer ids; only positions of one id see each other (packed documents).
         prefix: (B,) length of a leading part that is seen by all even under `causal` (prefix-LM).
-        window: number of keys that a causal query sees, itself included (sliding window).
+        window: |query - key| < window: a causal query sees so many keys, itself included, another one so many to each
+            side. Longformer's (arXiv:2004.05150) attention window w is 1 + w // 2.
+        everyone: (B, S) bool, positions outside of the window's rule: they see all and all see them (Longformer's
+            global attention), as far as the other conditions allow.
     """
 
     causal: bool = False
@@ -32,49 +36,77 @@ class AttnMask:
     segments: Tensor | None = None
     prefix: Tensor | None = None
     window: int | None = None
+    everyone: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Nothing but (non-)causal: every fast kernel can do it."""
         return self.valid is None and self.segments is None and self.prefix is None and self.window is None
 
+    @property
+    def may_be_empty(self) -> bool:
+        """A query may see nobody: only padding hides a position from itself."""
+        return self.valid is not None
+
     def dense(self, L: int, S: int, device: torch.device | str) -> Tensor | None:
-        """(B | 1, 1, L, S) bool, True = may attend; None when all may."""
-        if self.plain and not self.causal:
+        """(B | 1, 1, 1 | L, S) bool, True = may attend; None when all may.
+
+        Built once for all layers and kept on this object where it is not trivial.
+        """
+        windowed = self.window is not None and self.window < S
+        if self.valid is None and self.segments is None and not windowed and (L == 1 or not self.causal):
             return None
+        if self.plain or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self._dense(L, S, device)
+        kept: tuple[object, Tensor] | None = self.__dict__.get("_kept")
+        key = (L, S, str(device))
+        if kept is None or kept[0] != key:
+            kept = self.__dict__["_kept"] = (key, self._dense(L, S, device))
+        return kept[1]
+
+    def _dense(self, L: int, S: int, device: torch.device | str) -> Tensor:
         q = torch.arange(S - L, S, device=device)[:, None]
         k = torch.arange(S, device=device)[None]
-        allowed = torch.ones(1, 1, L, S, dtype=torch.bool, device=device)
-        if self.causal:
-            ordered = (k <= q)[None, None]
-            if self.window is not None:
-                ordered = ordered & (q - k < self.window)
-            if self.prefix is not None:
-                ordered = ordered | (k[None, None] < self.prefix[:, None, None, None])
-            allowed = allowed & ordered
+        conditions = []
+        if self.window is not None:
+            near = ((q - k).abs() < self.window)[None, None]
+            if self.everyone is not None:
+                near = near | self.everyone[:, None, -S:][:, :, -L:, None] | self.everyone[:, None, None, -S:]
+            conditions.append(near)
+        if self.causal and L > 1:
+            conditions.append((k <= q)[None, None])
+        if self.causal and self.prefix is not None and conditions:
+            ordered = _all(conditions) | (k < self.prefix[:, None, None, None])
+            conditions = [ordered]
         if self.valid is not None:
-            allowed = allowed & self.valid[:, None, None, :]
+            conditions.append(self.valid[:, None, None, -S:])
         if self.segments is not None:
-            allowed = allowed & (self.segments[:, None, S - L :, None] == self.segments[:, None, None, :])
-        return allowed
+            seen = self.segments[:, -S:]
+            conditions.append(seen[:, None, -L:, None] == seen[:, None, None])
+        return _all(conditions)
 
     def mask_mod(self, L: int, S: int) -> Predicate:
         """The same rule as a FlexAttention predicate (b, h, q_idx, kv_idx) -> bool."""
+        valid, segments, everyone = (
+            None if t is None else t[:, -S:] for t in (self.valid, self.segments, self.everyone)
+        )
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q = q + (S - L)
             ok = k == k
+            if self.window is not None:
+                near = (q - k).abs() < self.window
+                if everyone is not None:
+                    near = near | everyone[b, q] | everyone[b, k]
+                ok = ok & near
             if self.causal:
-                ordered = k <= q
-                if self.window is not None:
-                    ordered = ordered & (q - k < self.window)
+                ok = ok & (k <= q)
                 if self.prefix is not None:
-                    ordered = ordered | (k < self.prefix[b])
-                ok = ok & ordered
-            if self.valid is not None:
-                ok = ok & self.valid[b, k]
-            if self.segments is not None:
-                ok = ok & (self.segments[b, q] == self.segments[b, k])
+                    ok = ok | (k < self.prefix[b])
+            if valid is not None:
+                ok = ok & valid[b, k]
+            if segments is not None:
+                ok = ok & (segments[b, q] == segments[b, k])
             return ok
 
         return allowed
@@ -88,9 +120,17 @@ class AttnMask:
         if key not in kept:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            rows = next((len(t) for t in (self.valid, self.segments, self.prefix) if t is not None), None)
+            per_row = (self.valid, self.segments, self.prefix, self.everyone)
+            rows = next((len(t) for t in per_row if t is not None), None)
             kept[key] = create_block_mask(self.mask_mod(L, S), rows, None, L, S, device=str(device))
         return kept[key]
+
+
+def _all(conditions: list[Tensor]) -> Tensor:
+    first, *rest = conditions
+    for condition in rest:
+        first = first & condition
+    return first
 
 
 FULL, CAUSAL = AttnMask(), AttnMask(causal=True)

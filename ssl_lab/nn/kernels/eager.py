@@ -28,7 +28,7 @@ def attention_map(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(-1)
-    if allowed is not None and not mask.plain:  # only then can a row be empty: softmax over -inf is NaN
+    if allowed is not None and mask.may_be_empty:  # softmax over -inf is NaN
         weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     return torch.dropout(weights, dropout_p, True) if dropout_p > 0 else weights
 

@@ -36,7 +36,7 @@ def sdpa(
     causal = mask.plain and mask.causal and L == S
     allowed = None if causal else mask.dense(L, S, q.device)
     empty = None
-    if allowed is not None and not mask.plain:
+    if allowed is not None and mask.may_be_empty:
         empty = ~allowed.any(-1, keepdim=True)
         allowed = allowed | empty  # backends disagree on rows without a key: let them see all, then zero them
     if bias is not None:
