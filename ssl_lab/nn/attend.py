@@ -55,37 +55,34 @@ def attend(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if kernel == "auto":
-        kernel = choose(q, k, mask, dropout_p, plain=bias is None and v.shape[-1] == q.shape[-1])
+        kernel = choose(q, k, mask, dropout_p, bias=bias is not None, v_dim=v.shape[-1])
     elif not torch.compiler.is_compiling():
         width, biased = q.shape[-1], bias is not None
         check(kernel, dtype=q.dtype, device=q.device, head_dim=width, mask=mask, dropout_p=dropout_p, bias=biased)
     return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, bias)
 
 
-def choose(q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0, *, plain: bool = True) -> KernelName:
+def choose(
+    q: Tensor, k: Tensor, mask: AttnMask, dropout_p: float = 0.0, *, bias: bool = False, v_dim: int | None = None
+) -> KernelName:
     """The kernel of "auto": a fixed rule from measurements, never timed, so a resumed run chooses the same.
 
     On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
     short rows in fp32, where plain matrix products run 1.7 to 12 times faster; long rows and thin heads in fp32 are
     the opposite (`docs/performance.md` has the table). Accelerators: torch's own choice, flex for masks with structure.
-    `plain=False`: a score bias, or values of another width than the keys.
+    Values of another width than the keys (`v_dim`) have no fused kernel on CPU.
     """
     length, dim = k.shape[2], q.shape[-1]
     if q.device.type == "cpu":
+        if v_dim not in (None, dim):
+            return "eager"
         if q.shape[2] == 1 and not torch.is_grad_enabled():  # decoding: one fused call instead of three
             return "sdpa"
         if q.dtype in (torch.bfloat16, torch.float16):
             return "eager" if length <= 1024 else "sdpa"
         return "eager" if length < 80 and dim >= 32 else "sdpa"
-    if (
-        plain
-        and not mask.plain
-        and length >= 1024
-        and dropout_p == 0
-        and supports("flex", device=q.device, mask=mask) is None
-    ):
-        return "flex"
-    return "sdpa"
+    structured = not bias and not mask.plain and length >= 1024 and dropout_p == 0
+    return "flex" if structured and supports("flex", device=q.device, mask=mask) is None else "sdpa"
 
 
 def check(

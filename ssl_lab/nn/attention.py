@@ -68,6 +68,7 @@ class Attention(nn.Module):
         self.proj = Linear(q_dim, dim, proj_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.rotary_dim = self.head_dim
         self.qk_norm, self._counts = qk_norm is not None, (num_heads, num_kv_heads, num_kv_heads)
         self.cross, self.scale, self.dropout, self.kernel, self.layer = cross, scale, dropout, kernel, layer
 

@@ -13,6 +13,7 @@ from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Residual
 from ssl_lab.nn.ffn import GLU, MLP
+from ssl_lab.nn.mla import MLA
 
 gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
 
@@ -25,6 +26,11 @@ def layer_norm(dim: int, *, eps: float = 1e-5) -> nn.Module:
 def rms_norm(dim: int, *, eps: float = 1e-6) -> nn.Module:
     """RMSNorm (arXiv:1910.07467) with the epsilon of LLaMA, T5 and DeepSeek; LLaMA 2 and Mistral have 1e-5."""
     return nn.RMSNorm(dim, eps=eps)
+
+
+def swiglu_hidden(dim: int) -> int:
+    """2/3 of 4 * dim, rounded up to a multiple of 64: three matrices of this height weigh about two of 4 * dim."""
+    return -(-8 * dim // 3 // 64) * 64
 
 
 def gpt_block(
@@ -63,7 +69,7 @@ def llama_block(
 ) -> Block:
     """LLaMA (arXiv:2302.13971), Mistral and SmolLM2: RMSNorm, grouped heads, SwiGLU, no biases.
 
-    `hidden` is by default 2/3 of 4 * dim, rounded up to a multiple of 64.
+    `hidden` is by default `swiglu_hidden`.
     """
     attention = Attention(
         dim,
@@ -77,7 +83,7 @@ def llama_block(
         layer=layer,
     )
     norm = functools.partial(rms_norm, eps=eps)
-    mlp = GLU(dim, hidden or -(-8 * dim // 3 // 64) * 64)
+    mlp = GLU(dim, hidden or swiglu_hidden(dim))
     return Block(
         attn=Residual(dim, attention, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
     )
@@ -171,3 +177,26 @@ def t5_block(
     )
     norm = functools.partial(rms_norm, eps=eps)
     return Block(**{name: Residual(dim, fn, norm=norm, dropout=dropout) for name, fn in sublayers.items()})
+
+
+def mla_block(
+    dim: int,
+    num_heads: int,
+    *,
+    attention: Callable[..., nn.Module] = MLA,
+    hidden: int | None = None,
+    eps: float = 1e-6,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """A dense layer of DeepSeek-V3 (arXiv:2412.19437): `llama_block` with latent attention.
+
+    `attention` makes it from (dim, num_heads, layer=, kernel=, dropout=), e.g. `functools.partial(MLA, kv_rank=64)`.
+    """
+    norm = functools.partial(rms_norm, eps=eps)
+    latent = attention(dim, num_heads, layer=layer, kernel=kernel, dropout=dropout)
+    mlp = GLU(dim, hidden or swiglu_hidden(dim))
+    return Block(
+        attn=Residual(dim, latent, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
+    )
