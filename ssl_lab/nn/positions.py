@@ -68,6 +68,7 @@ class Sinusoidal(Positions):
 
     def __init__(self, dim: int, num_heads: int, max_length: int, *, halves: bool = False) -> None:
         super().__init__(dim, num_heads, max_length)
+        self.halves = halves
         rate = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angle = torch.arange(max_length, dtype=torch.float64)[:, None] * rate
         waves = [angle.sin(), angle.cos()]
@@ -96,7 +97,8 @@ class Rotary(Positions):
         self, dim: int, num_heads: int, max_length: int, *, base: float = 10000.0, head_dim: int | None = None
     ) -> None:
         super().__init__(dim, num_heads, max_length)
-        cos, sin = rope_1d(torch.arange(max_length), head_dim or dim // num_heads, base=base)
+        self.base, self.head_dim = base, head_dim or dim // num_heads
+        cos, sin = rope_1d(torch.arange(max_length), self.head_dim, base=base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -58,9 +58,9 @@ def load(backbone: nn.Module, spec: str) -> None:
         if wrong := [name for name in here if there[name] != here[name]]:
             told = "; ".join(f"{name} {there[name]} there, {here[name]} here" for name in wrong)
             fitting = _settings({name: there[name] for name in wrong})
-            words = " ".join(f"method.encoder.{name}={_word(value)}" for name, value in flat(fitting).items())
+            words = " ".join(f"method.encoder.{name}={word(value)}" for name, value in flat(fitting).items())
             raise OtherArchitecture(f"{spec} does not fit this backbone: {told}; to match it: {words}", fitting)
-    if problems := _differences(own, state):
+    if problems := differences(own, state):
         raise UserError(
             f"{spec} does not fit this backbone: {'; '.join(problems[:4])}; choose another backbone or other weights"
         )
@@ -94,7 +94,7 @@ def build(path: str | Path) -> ViT | Timm:
             f"{path} does not say what it is (no architecture in its header); give it as weights= of a backbone"
         )
     backbone = vit(arguments) if kind == "ViT" else Timm(**arguments)
-    if problems := _differences(backbone.state_dict(), state):
+    if problems := differences(backbone.state_dict(), state):
         raise UserError(f"{path}: header and tensors disagree: {'; '.join(problems[:4])}")
     backbone.load_state_dict(state)
     return backbone
@@ -167,7 +167,7 @@ def _resampled(source: Source, own: State, grid: tuple[int, int] | None, spec: s
     return source.state | {"pos_embed": table}
 
 
-def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Why `state` cannot fill `own`, tensor by tensor; empty = it can."""
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     theirs = {key: tuple(value.shape) for key, value in state.items()}
@@ -218,9 +218,10 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     return out | ({"block": block} if block else {})
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value as the command line writes it."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_word(each)}" for name, each in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{word(each)}" for name, each in value.items()) + "}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

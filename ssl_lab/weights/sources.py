@@ -146,18 +146,18 @@ def quiet() -> Iterator[None]:
 
 
 def _from_file(path: Path) -> Source:
-    path = _inside(path)
+    path = inside(path)
     if path.suffix == ".safetensors":
         state, header = read_safetensors(path)
         arguments = header.get("arguments", {})
     else:
-        state, arguments = _read_checkpoint(path), _config_beside(path)
+        state, arguments = read_checkpoint(path), _config_beside(path)
     heads, size, patch = (arguments.get(name) for name in ("num_heads", "image_size", "patch_size"))
     grid = (size // patch, size // patch) if isinstance(size, int) and isinstance(patch, int) else None
     return Source(_ours(state, path), heads, grid)
 
 
-def _inside(path: Path) -> Path:
+def inside(path: Path) -> Path:
     """The weights file of a run folder; any other path as it is."""
     if path.is_dir():
         steps = sorted(path.glob("checkpoints/step=*.ckpt"), key=lambda p: int(p.stem.partition("=")[2]))
@@ -193,7 +193,12 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
         ) from error
 
 
-def _read_checkpoint(path: Path) -> State:
+def read_checkpoint(path: Path) -> State:
+    """Tensors of a Lightning checkpoint or of a saved state dict.
+
+    Raises:
+        UserError: no such thing.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

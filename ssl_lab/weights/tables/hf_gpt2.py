@@ -7,7 +7,12 @@ from ssl_lab.weights.rename import Drop, Row, Table, Transposed
 
 PREFIX = "transformer."  # of the base model inside a GPT2LMHeadModel
 
-_LINEAR = {"attn.fn.qkv": "attn.c_attn", "attn.fn.proj": "attn.c_proj", "mlp.fn.fc1": "mlp.c_fc", "mlp.fn.fc2": "mlp.c_proj"}
+_LINEAR = {
+    "attn.fn.qkv": "attn.c_attn",
+    "attn.fn.proj": "attn.c_proj",
+    "mlp.fn.fc1": "mlp.c_fc",
+    "mlp.fn.fc2": "mlp.c_proj",
+}
 
 
 def table(facts: Mapping[str, Any]) -> Table:
