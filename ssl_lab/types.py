@@ -27,6 +27,7 @@ class Batch(TypedDict, total=False):
     segments: Tensor  # (B, L) int64 document of each token of a packed row
     types: Tensor  # (B, L) int64 token types: first or second sentence
     target: Tensor  # (B,) int64 class
+    span: Tensor  # (B, 2) int64 first and last token of an answer, both 0 = none
     index: Tensor  # (B,) int64 row in the data set
     position: Tensor  # (B,) int64 place in the endless training stream
 

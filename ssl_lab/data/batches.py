@@ -45,7 +45,8 @@ class TrainBatches:
             batch = {"image": samples.data}
         else:
             raise UserError("augment_on_device needs images of one size, held in memory: set it to false")
-        batch.update({"target": samples.targets, "index": samples.rows, "position": position})
+        batch.setdefault("target", samples.targets)  # views may make one, such as whether a sentence follows
+        batch.update({"index": samples.rows, "position": position})
         return batch
 
 
@@ -63,7 +64,8 @@ class EvalBatches:
         rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
         samples = self.source.read(rows.tolist())
         batch = self.views(samples.data, rows, 0)
-        batch.update({"target": samples.targets, "index": samples.rows})
+        batch.setdefault("target", samples.targets)
+        batch["index"] = samples.rows
         return batch
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ssl_lab.errors import UserError
 
-HELD_OUT = ("test", "val", "valid", "validation")
+HELD_OUT = ("test", "val", "valid", "validation", "dev")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def choose(splits: dict[str, T], wanted: str) -> tuple[T, bool]:
     """What serves as split `wanted`, and whether it is the only one and has to be divided.
 
-    `splits` has keys among train, test, val, valid, validation and "" (no split is named).
+    `splits` has keys among train, test, val, valid, validation, dev and "" (no split is named).
     """
     if wanted not in ("train", *HELD_OUT):
         raise UserError(f"no split {wanted!r}: a local set has train and one of {', '.join(HELD_OUT)}")

@@ -23,7 +23,7 @@ class Blocks:
 
     Each row begins `stride` tokens after the one before it: `length` (the default) covers the text once, since the last
     token of a row is the first of the next; 1 gives every place where a row can begin, as nanoGPT draws them. Documents
-    follow each other without padding, each closed by the tokenizer's end-of-text token where it has one.
+    follow each other without padding, each closed by the tokenizer's end-of-text token or [SEP], if any.
 
     `Samples.data` is (tokens, segments), both (B, length + 1) int64; segments number the documents within a row from 0.
 
@@ -58,7 +58,8 @@ class Blocks:
         self.tokenizer = as_tokenizer(tokenizer)
         self.classes: list[str] = []
         self.length, self.stride = length, stride or length
-        self._tokens, self._first = _stream(documents(path, split, column), self.tokenizer)
+        end = self.tokenizer.sep if self.tokenizer.eos is None else self.tokenizer.eos
+        self._tokens, self._first = stream(documents(path, split, column), self.tokenizer, end)
         if len(self._tokens) <= length:
             raise UserError(
                 f"{path} has {len(self._tokens)} tokens in split {split}, fewer than one row of length + 1 = "
@@ -87,8 +88,11 @@ class Blocks:
         return Samples((tokens, segments), torch.full((len(index),), -1), torch.from_numpy(index))
 
 
-def _stream(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens (N,) in the smallest type that holds them, and (documents,) int64 where documents begin."""
+def stream(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens (N,) in the smallest type that holds them, and (documents,) int64 where documents begin.
+
+    Each document is followed by the token `end`; one without a token is left out.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     parts: list[np.ndarray] = []
     lengths: list[int] = []
@@ -96,21 +100,21 @@ def _stream(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.
         encoded = tokenizer.encode_batch([piece for piece, _ in batch])
         for ids, (_, begins) in zip(encoded, batch, strict=True):
             if begins:
-                _close(parts, lengths, tokenizer.eos, dtype)
+                _close(parts, lengths, end, dtype)
                 lengths.append(0)
             parts.append(np.asarray(ids, dtype=dtype))
             lengths[-1] += len(ids)
-    _close(parts, lengths, tokenizer.eos, dtype)
+    _close(parts, lengths, end, dtype)
     first = np.cumsum([0, *lengths])[:-1].astype(np.int64)
     return np.concatenate([np.zeros(0, dtype), *parts]), first
 
 
-def _close(parts: list[np.ndarray], lengths: list[int], eos: int | None, dtype: type) -> None:
-    """End the last document; one without a token is no document."""
+def _close(parts: list[np.ndarray], lengths: list[int], end: int | None, dtype: type) -> None:
+    """End the last document, or forget it."""
     if lengths and lengths[-1] == 0:
         lengths.pop()
-    elif lengths and eos is not None:
-        parts.append(np.asarray([eos], dtype=dtype))
+    elif lengths and end is not None:
+        parts.append(np.asarray([end], dtype=dtype))
         lengths[-1] += 1
 
 

@@ -1,71 +1,14 @@
-"""Texts on disk, on the hub or made up: documents for language modelling, rows with named columns for all else."""
+"""Documents, as language models read them: text files, or the rows of a table."""
 
-import json
-import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from ssl_lab.data import text_captions
-from ssl_lab.data.folders import HELD_OUT, choose, missing, share
+from ssl_lab.data.folders import share
+from ssl_lab.data.text_tables import CAPTIONS, JSONL, PARQUET, divided, find, open_rows, read_text
 from ssl_lab.errors import UserError
-from ssl_lab.rng import fold
 
-CAPTIONS = "captions"  # the path of the generated sentences
-_TEXT_NAMES = ("text", "content", "document", "sentence", "caption", "story")
-_PARQUET, _JSONL = (".parquet",), (".jsonl", ".json")
-_CHUNK = 4096  # rows that are read at once
 _TRAIN_SHARE = 0.9  # of the characters of a single text file, as in nanoGPT's preparation of its sets
-
-Chunk = dict[str, list[Any]]
-Reader = Callable[[Sequence[str]], Iterator[Chunk]]
-
-
-@dataclass(slots=True)
-class Rows:
-    """A split of a table. `classes` are the names of the classes where the file states them."""
-
-    origin: str
-    columns: list[str]
-    reader: Reader
-    count: int
-    classes: list[str] | None = None
-    keep: list[int] | None = None  # ascending rows that belong to the split; None = all
-
-    def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
-        """The named columns, some thousand rows at a time, in order.
-
-        Raises:
-            UserError: a column is missing, or the file cannot be read.
-        """
-        for column in columns:
-            if column not in self.columns:
-                raise UserError(f"{self.origin} has no column {column!r}: it has {', '.join(self.columns) or 'none'}")
-        wanted, start = None if self.keep is None else set(self.keep), 0
-        for chunk in self.reader(columns):
-            count = len(chunk[columns[0]])
-            if wanted is not None:
-                here = [i for i in range(count) if start + i in wanted]
-                chunk = {name: [values[i] for i in here] for name, values in chunk.items()}
-            start += count
-            yield chunk
-
-    def read(self, columns: Sequence[str]) -> Chunk:
-        """The named columns as whole lists."""
-        found: Chunk = {name: [] for name in columns}
-        for chunk in self.chunks(list(found)):
-            for name, values in chunk.items():
-                found[name] += values
-        return found
-
-    def text_column(self) -> str:
-        """The column that holds the text, by its name, or because there is only one."""
-        named = [x for x in _TEXT_NAMES if x in self.columns] or (self.columns if len(self.columns) == 1 else [])
-        if not named:
-            raise UserError(f"{self.origin} has no column named text: set column to one of {', '.join(self.columns)}")
-        return named[0]
 
 
 def documents(path: str, split: str | None = None, column: str | Sequence[str] | None = None) -> Iterator[str]:
@@ -79,8 +22,8 @@ def documents(path: str, split: str | None = None, column: str | Sequence[str] |
         UserError: nothing is there, it cannot be read, or a column is missing.
     """
     local = Path(path).expanduser()
-    plain = path != CAPTIONS and local.exists() and not _find(local, (*_PARQUET, *_JSONL))
-    if plain and (files := _find(local, (".txt",))):
+    plain = path != CAPTIONS and local.exists() and not find(local, (*PARQUET, *JSONL))
+    if plain and (files := find(local, (".txt",))):
         yield from _texts(local, files, split)
         return
     rows = open_rows(path, split)
@@ -95,169 +38,14 @@ def documents(path: str, split: str | None = None, column: str | Sequence[str] |
                 yield text or ""
 
 
-def open_rows(path: str, split: str | None, key: str | None = None) -> Rows:
-    """The rows of a split, as in `documents`; rows with the same text in column `key` fall into the same split.
-
-    Raises:
-        UserError: nothing is there, or it is no table.
-    """
-    if path == CAPTIONS:
-        return _captions(split)
-    local = Path(path).expanduser()
-    if not local.exists():
-        if re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not local.suffix and not local.parent.exists():
-            return _hub(path, split or "train")
-        raise UserError(missing(local))
-    for suffixes, open_files in ((_PARQUET, _parquet), (_JSONL, _jsonl)):
-        if files := _find(local, suffixes):
-            chosen, divide = _choose(local, files, split)
-            rows = open_files(chosen)
-            return _part(rows, str(split), key) if divide else rows
-    if local.is_file():
-        raise UserError(f"{path} is no table: a text is a .txt file, rows are a .parquet or .jsonl file")
-    names = ", ".join(sorted(x.name for x in local.iterdir())[:4])
-    raise UserError(f"no texts in {local} (looked for .txt .parquet .jsonl): it holds {names or 'nothing'}")
-
-
-def _find(local: Path, suffixes: Sequence[str]) -> list[Path]:
-    """`local` itself if it is such a file, else such files below it, in sorted order."""
-    if local.is_file():
-        return [local] if local.suffix in suffixes else []
-    found = (x for suffix in suffixes for x in local.rglob(f"*{suffix}"))
-    return sorted(x for x in found if not any(part.startswith((".", "__")) for part in x.relative_to(local).parts))
-
-
-def _choose(local: Path, files: list[Path], split: str | None) -> tuple[list[Path], bool]:
-    """The files of a split, told by a folder or by how their names begin; whether they are all and must be divided."""
-    if split is None:
-        return files, False
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        first = file.relative_to(local).parts[0] if file != local else file.name
-        named = re.match(rf"(train|{'|'.join(HELD_OUT)})(?![a-z])", first)
-        splits.setdefault(named[1] if named else "", []).append(file)
-    return choose(splits, split)
-
-
-def _part(rows: Rows, split: str, key: str | None) -> Rows:
-    values = rows.read([key])[key] if key else range(rows.count)
-    rows.keep = share([zlib.crc32(str(x).encode()) if key else fold(0, x) for x in values], split)
-    if not rows.keep:
-        raise UserError(f"{rows.origin} is a single row: it cannot be divided into train and test")
-    return rows
-
-
 def _texts(local: Path, files: list[Path], split: str | None) -> Iterator[str]:
-    chosen, divide = _choose(local, files, split)
+    chosen, divide = divided(local, files, split)
     if divide and len(chosen) == 1:
-        text = _text(chosen[0])
+        text = read_text(chosen[0])
         middle = int(len(text) * _TRAIN_SHARE)
         yield text[:middle] if split == "train" else text[middle:]
         return
     names = [x.relative_to(local).as_posix() if x != local else x.name for x in chosen]
     keep = share([zlib.crc32(x.encode()) for x in names], str(split)) if divide else range(len(chosen))
     for i in keep:
-        yield _text(chosen[i])
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no UTF-8 text (byte {error.start}): convert it, or remove it") from None
-
-
-def _parquet(files: list[Path]) -> Rows:
-    import pyarrow.parquet as pq
-
-    names, classes, count = list[str](), None, 0
-    for file in files:
-        try:
-            found = pq.ParquetFile(file)
-        except Exception as error:
-            raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
-        count += found.metadata.num_rows
-        names = names or found.schema_arrow.names
-        metadata = found.schema_arrow.metadata or {}
-        if b"classes" in metadata:
-            classes = json.loads(metadata[b"classes"])
-        elif b"huggingface" in metadata:
-            classes = classes or _class_label(json.loads(metadata[b"huggingface"]).get("info", {}).get("features", {}))
-
-    def reader(columns: Sequence[str]) -> Iterator[Chunk]:
-        for file in files:
-            try:
-                for batch in pq.ParquetFile(file).iter_batches(_CHUNK, columns=list(columns)):
-                    yield batch.to_pydict()
-            except OSError as error:
-                raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
-
-    return Rows(_origin(files), names, reader, count, classes)
-
-
-def _class_label(features: dict[str, Any]) -> list[str] | None:
-    """Names of the classes in the features that `datasets` stores."""
-    return next((x["names"] for x in features.values() if isinstance(x, dict) and x.get("_type") == "ClassLabel"), None)
-
-
-def _jsonl(files: list[Path]) -> Rows:
-    table: Chunk = {}
-    count = 0
-    for file in files:
-        for number, line in enumerate(_text(file).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
-                raise UserError(f'{file} line {number} is no JSON object: each line holds one, such as {{"text": ...}}')
-            for name in entry.keys() - table.keys():
-                table[name] = [None] * count
-            count += 1
-            for name, values in table.items():
-                values.append(entry.get(name))
-    return Rows(_origin(files), list(table), _in_memory(table), count)
-
-
-def _hub(path: str, split: str) -> Rows:
-    from datasets import load_dataset
-
-    name, _, configuration = path.partition(":")
-    try:
-        found = load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # its own errors, those of the network, those of the file system
-        reason = f"and the Hugging Face hub does not give it: {_line(error)}"
-        offline = "without a network, set data.path to a file or folder"
-        raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
-
-    def reader(columns: Sequence[str]) -> Iterator[Chunk]:
-        yield from found.select_columns(list(columns)).iter(_CHUNK)
-
-    names = next((x.names for x in found.features.values() if hasattr(x, "names")), None)
-    return Rows(f"{path} {split}", list(found.features), reader, len(found), names)
-
-
-def _captions(split: str | None) -> Rows:
-    splits = ["train", "test"] if split is None else ["train" if split == "train" else "test"]
-    table: Chunk = {}
-    for name in splits:
-        for column, values in text_captions.table(name).items():
-            table[column] = [*table.get(column, []), *values]
-    return Rows(CAPTIONS, list(table), _in_memory(table), len(table["text"]))
-
-
-def _in_memory(table: Chunk) -> Reader:
-    def reader(columns: Sequence[str]) -> Iterator[Chunk]:
-        yield {name: table[name] for name in columns}
-
-    return reader
-
-
-def _origin(files: list[Path]) -> str:
-    return str(files[0] if len(files) == 1 else files[0].parent)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        yield read_text(chosen[i])

@@ -4,6 +4,7 @@ In a configuration `data.tokenizer` is the path of a saved tokenizer, or a node 
 `{_target_: ssl_lab.data.tokenizer.trained, path: ${data.path}, kind: bpe, vocab_size: 4096}`.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ssl_lab.data.folders import missing
-from ssl_lab.data.text_files import CAPTIONS, documents
-from ssl_lab.data.tokenizer_train import ROLES, Kind, train
+from ssl_lab.data.text_files import documents
+from ssl_lab.data.text_tables import CAPTIONS
+from ssl_lab.data.tokenizer_train import USUAL, Kind, train
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 
@@ -25,16 +27,6 @@ from ssl_lab.files import write_text
 # are not there in a forked process, so that they must not be used in it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.register_at_fork(after_in_child=lambda: os.environ.__setitem__("TOKENIZERS_PARALLELISM", "false"))
-
-_USUAL = {  # names of special tokens, where no tokenizer_config.json tells their roles
-    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
-    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>"),
-    "unk": ("<unk>", "[UNK]"),
-    "mask": ("<mask>", "[MASK]"),
-    "cls": ("[CLS]", "<cls>"),
-    "sep": ("[SEP]", "<sep>"),
-}
 
 
 class Tokenizer:
@@ -50,11 +42,11 @@ class Tokenizer:
         self.backend.no_truncation()
         added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         if config is None:
-            found = {role: next((x for x in _USUAL[role] if x in added), None) for role in ROLES}
+            found = {role: next((x for x in names if x in added), None) for role, names in USUAL.items()}
             config = {f"{role}_token": name for role, name in found.items() if name is not None}
         self.config = config
-        ids = {role: _id(backend, config.get(f"{role}_token")) for role in ROLES}
-        self.pad, self.bos, self.eos, self.unk, self.mask, self.cls, self.sep = (ids[role] for role in ROLES)
+        ids = {role: _id(backend, config.get(f"{role}_token")) for role in USUAL}
+        self.pad, self.bos, self.eos, self.unk, self.mask, self.cls, self.sep = (ids[role] for role in USUAL)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -79,6 +71,18 @@ class Tokenizer:
         found = torch.tensor(starts)
         found[self.special] = True
         return found
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """(V,) bool: the token ends a sentence or a line."""
+        names = (self.backend.decode([i], skip_special_tokens=True) for i in range(self.vocab_size))
+        return torch.tensor([name.rstrip(" ").endswith((".", "!", "?", "\n")) for name in names])
+
+    @cached_property
+    def sentinels(self) -> list[int]:
+        """Ids of <extra_id_0>, <extra_id_1>, ..., which stand for spans that were taken out (T5)."""
+        found = (self.backend.token_to_id(f"<extra_id_{i}>") for i in range(self.vocab_size))
+        return list(itertools.takewhile(lambda x: x is not None, found))  # type: ignore[arg-type]
 
     @cached_property
     def _alphabet(self) -> frozenset[str] | None:
@@ -183,6 +187,7 @@ def trained(
     vocab_size: int = 8192,
     *,
     special: Sequence[str] = (),
+    sentinels: int = 0,
     column: str | Sequence[str] | None = None,
     split: str | None = "train",
 ) -> Tokenizer:
@@ -194,6 +199,7 @@ def trained(
             byte-level `bpe4` with that of GPT-4, which takes digits by three; `wordpiece` with BERT's rules, uncased.
         vocab_size: tokens in all; it does not matter to `character`.
         special: names of further special tokens. Roles are told from usual names such as <pad> and <eos>.
+        sentinels: tokens <extra_id_0>, ... for span corruption, whose ids descend from the end of the vocabulary.
         column: where the text of a table stands; several columns are read one after another.
         split: what it is trained on.
 
@@ -203,7 +209,8 @@ def trained(
     local = Path(path).expanduser()
     stamp = local.stat().st_mtime_ns if path != CAPTIONS and local.is_file() else 0
     columns = column if column is None or isinstance(column, str) else tuple(column)
-    return _trained(path, kind, vocab_size, tuple(special), columns, None if kind == "character" else split, stamp)
+    split = None if kind == "character" else split
+    return _trained(path, kind, vocab_size, tuple(special), sentinels, columns, split, stamp)
 
 
 @lru_cache(maxsize=4)
@@ -212,11 +219,12 @@ def _trained(
     kind: Kind,
     vocab_size: int,
     special: tuple[str, ...],
+    sentinels: int,
     column: str | tuple[str, ...] | None,
     split: str | None,
     stamp: int,
 ) -> Tokenizer:
-    return Tokenizer(train(documents(path, split, column), kind, vocab_size, special, origin=path))
+    return Tokenizer(train(documents(path, split, column), kind, vocab_size, special, sentinels, origin=path))
 
 
 def character(path: str, *, special: Sequence[str] = ()) -> Tokenizer:

@@ -8,7 +8,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from ssl_lab.errors import UserError
 
 Kind = Literal["character", "bpe", "bpe4", "wordpiece"]
-ROLES = ("pad", "bos", "eos", "unk", "mask", "cls", "sep")
+USUAL = {  # special tokens by role, and their usual names
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
+    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>"),
+    "unk": ("<unk>", "[UNK]"),
+    "mask": ("<mask>", "[MASK]"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+}
 END = "<|endoftext|>"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _GPT4_PATTERN = (  # cl100k_base: contractions, words with a mark before them, digits by three, marks, spaces
@@ -18,12 +26,18 @@ _GPT4_PATTERN = (  # cl100k_base: contractions, words with a mark before them, d
 
 
 def train(
-    texts: Iterable[str], kind: Kind, vocab_size: int, special: Sequence[str] = (), origin: str = ""
+    texts: Iterable[str],
+    kind: Kind,
+    vocab_size: int,
+    special: Sequence[str] = (),
+    sentinels: int = 0,
+    origin: str = "",
 ) -> Tokenizer:
     """A tokenizer for `texts`; `special` are further special tokens, `origin` names the texts in messages.
 
-    Special tokens come first, then the alphabet, then what was learned. Both BPEs have <|endoftext|>, WordPiece has
-    [PAD] [UNK] [CLS] [SEP] [MASK] and puts [CLS] and [SEP] around a sentence or a pair.
+    Special tokens come first, then the alphabet, then what was learned, then `sentinels` tokens from <extra_id_N> down
+    to <extra_id_0>; `vocab_size` counts them all. Both BPEs have <|endoftext|>, after the special tokens; WordPiece
+    has [PAD] [UNK] [CLS] [SEP] [MASK] and puts [CLS] and [SEP] around a sentence or a pair.
 
     Raises:
         UserError: no text, an unknown kind, or a vocabulary smaller than the alphabet.
@@ -31,7 +45,8 @@ def train(
     if kind not in get_args(Kind):
         raise UserError(f"kind={kind}: a tokenizer is one of {', '.join(get_args(Kind))}")
     counted = _Counted(texts)
-    backend = _MAKERS[kind](counted, vocab_size, list(special))
+    backend = _MAKERS[kind](counted, vocab_size - sentinels, list(special))
+    backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
     if not counted.characters:
         raise UserError(f"there is no text in {origin or 'the corpus'}: a tokenizer cannot be trained on it")
     if kind != "character" and (size := backend.get_vocab_size()) > vocab_size:
@@ -71,7 +86,7 @@ def _byte_level(backend: Tokenizer, texts: "_Counted", vocab_size: int, special:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(dict.fromkeys([END, *special])),
+        special_tokens=list(dict.fromkeys([*special, END])),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
