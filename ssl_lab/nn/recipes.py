@@ -14,6 +14,7 @@ from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Residual
 from ssl_lab.nn.ffn import GLU, MLP
 from ssl_lab.nn.mla import MLA
+from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
 
 gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
 
@@ -72,16 +73,9 @@ def llama_block(
     `hidden` is by default `swiglu_hidden`.
     """
     attention = Attention(
-        dim,
-        num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        qkv_bias=False,
-        proj_bias=False,
-        dropout=dropout,
-        kernel=kernel,
-        layer=layer,
-    )
+        dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qkv_bias=False, proj_bias=False, dropout=dropout,
+        kernel=kernel, layer=layer,
+    )  # fmt: skip
     norm = functools.partial(rms_norm, eps=eps)
     mlp = GLU(dim, hidden or swiglu_hidden(dim))
     return Block(
@@ -200,3 +194,57 @@ def mla_block(
     return Block(
         attn=Residual(dim, latent, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
     )
+
+
+def deepseek_block(
+    dim: int,
+    num_heads: int,
+    *,
+    attention: Callable[..., nn.Module] = MLA,
+    moe: Callable[[int], nn.Module] = DeepSeekMoE,
+    dense_layers: int = 1,
+    hidden: int | None = None,
+    eps: float = 1e-6,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """DeepSeek-V3 (arXiv:2412.19437): `mla_block`, with experts made by `moe` from dim after `dense_layers` layers.
+
+    `hidden` is the width of the dense layers. A method adds `experts.aux_loss` to its loss and calls
+    `experts.balance_` after a step.
+    """
+    block = mla_block(
+        dim, num_heads, attention=attention, hidden=hidden, eps=eps, layer=layer, kernel=kernel, dropout=dropout
+    )
+    if layer >= dense_layers:
+        block["mlp"] = Residual(dim, moe(dim), norm=functools.partial(rms_norm, eps=eps), dropout=dropout)
+    return block
+
+
+def switch_block(
+    dim: int,
+    num_heads: int,
+    *,
+    moe: Callable[..., nn.Module] = SwitchFFN,
+    every: int = 2,
+    head_dim: int | None = None,
+    hidden: int | None = None,
+    cross: bool = False,
+    eps: float = 1e-6,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """Switch Transformer (arXiv:2101.03961): T5 blocks, of which every second one has experts in place of the MLP.
+
+    `moe` makes them from (dim, hidden=, dropout=). A method adds `experts.aux_loss` to its loss.
+    """
+    block = t5_block(
+        dim, num_heads, head_dim=head_dim, hidden=hidden, cross=cross, eps=eps, layer=layer, kernel=kernel,
+        dropout=dropout,
+    )  # fmt: skip
+    if layer % every == every - 1:
+        experts = moe(dim, hidden=hidden, dropout=dropout)
+        block["mlp"] = Residual(dim, experts, norm=functools.partial(rms_norm, eps=eps), dropout=dropout)
+    return block
