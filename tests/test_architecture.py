@@ -11,7 +11,7 @@ RANKS = {
     **dict.fromkeys(("types", "dist", "schedules", "rng", "errors", "files", "pictures", "spread"), 0),
     **dict.fromkeys(("nn", "losses"), 1),
     **dict.fromkeys(("backbones", "weights"), 2),
-    "train": 3,
+    **dict.fromkeys(("train", "generation"), 3),
     **dict.fromkeys(("methods", "evals", "data", "analysis"), 4),
     "bench": 5,
     "cli": 6,

@@ -1,0 +1,1 @@
+"""Text from a language model: logits processors, sampling, beam search, prompts."""

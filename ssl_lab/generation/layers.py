@@ -1,0 +1,154 @@
+"""The sublayers of plain decoder blocks as functions of few operations, for `Compact`.
+
+A matrix of 2^17 numbers or more is read by oneDNN in float32, which divides it over the threads, where MKL reads it
+with one. Root mean squares come from one norm: sqrt(sum x^2 + D eps) is the hypotenuse of |x| and sqrt(D eps).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.nn.attention import Attention
+from ssl_lab.nn.block import Block, Residual
+from ssl_lab.nn.ffn import GLU, MLP
+from ssl_lab.nn.linear import Linear
+from ssl_lab.nn.norm import RMSNorm
+from ssl_lab.nn.positions import Positions
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The sublayers of a block as functions of (B, D)."""
+
+    norm: Map
+    qkv: Map
+    proj: Map
+    ffn_norm: Map
+    ffn: Map
+    scale: float
+
+
+def plan(decoder: Decoder) -> list[Layer] | None:
+    """The layers of a decoder that `Compact` can run, None if it has anything else, hooks and autocast included."""
+    weights = list(decoder.parameters())
+    kind, device = weights[0].dtype, weights[0].device
+    if any(p.dtype != kind or p.device != device or type(p) is not nn.Parameter for p in weights):
+        return None
+    if torch.is_autocast_enabled(device.type) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in decoder.modules()
+    ):
+        return None
+    if type(decoder) is not Decoder or type(decoder.embed) is not nn.Embedding or not _normal(decoder.norm):
+        return None
+    if type(decoder.positions).bias is not Positions.bias:
+        return None
+    layers = [_layer(block) for block in decoder.blocks]
+    found = [layer for layer in layers if layer is not None]
+    heads = {_heads(block) for block in decoder.blocks}
+    return found if len(found) == len(layers) and len(heads) == 1 else None
+
+
+def _layer(block: nn.Module) -> Layer | None:
+    residuals = list(block.values()) if type(block) is Block else []
+    if len(residuals) != 2 or not all(_plain(r) for r in residuals):
+        return None
+    attention, ffn = (r.get_submodule("fn") for r in residuals)
+    if type(attention) is not Attention or attention.cross or attention.qk_norm:
+        return None
+    maps = [attention.qkv, attention.proj, *(m for m in ffn.children() if not isinstance(m, nn.Dropout))]
+    if type(ffn) not in (MLP, GLU) or any(type(m) is not Linear for m in maps):
+        return None
+    scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
+    return Layer(
+        norm_map(residuals[0].get_submodule("norm")),
+        _map(attention.qkv),
+        _map(attention.proj),
+        norm_map(residuals[1].get_submodule("norm")),
+        _ffn(ffn),
+        scale,
+    )
+
+
+def _plain(residual: nn.Module) -> bool:
+    """x + fn(norm(x)) and nothing else."""
+    return (
+        type(residual) is Residual
+        and residual.place == "pre"
+        and residual.scale == 1.0
+        and residual.gate is None
+        and type(residual.layer_scale) is nn.Identity
+        and _normal(residual.norm)
+    )
+
+
+def _normal(norm: nn.Module) -> bool:
+    return type(norm) in (nn.LayerNorm, nn.RMSNorm, RMSNorm) and norm.weight is not None
+
+
+def _heads(block: nn.Module) -> tuple[int, int, int] | None:
+    attention = next((m for m in block.modules() if type(m) is Attention), None)
+    return None if attention is None else (attention.num_heads, attention.num_kv_heads, attention.head_dim)
+
+
+def _map(module: nn.Linear) -> Map:
+    return product(module.weight, module.bias)
+
+
+def product(weight: Tensor, bias: Tensor | None) -> Map:
+    """x (B, D) times weight (E, D) transposed."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**17 and _AVX512:
+        operator = torch.ops.mkldnn._linear_pointwise
+        return lambda x: operator(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
+
+
+_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def norm_map(module: nn.Module) -> Map:
+    """Of a LayerNorm or RMSNorm."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    shape = list(weight.shape)
+    if isinstance(module, nn.LayerNorm):
+        bias, small = module.bias, module.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, small)
+    assert isinstance(module, nn.RMSNorm)
+    eps = module.eps
+    if weight.device.type != "cpu":
+        return lambda x: F.rms_norm(x, shape, weight, eps)
+    wide, root = torch.promote_types(weight.dtype, torch.float32), weight.numel() ** 0.5
+    eps = torch.finfo(weight.dtype).eps if eps is None else eps
+    gain = weight.to(wide) * root
+    floor = torch.full((1, 1), eps**0.5 * root, dtype=wide)
+
+    def rms(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)  # sqrt(D) times the root mean square
+        return (x / torch.hypot(length, floor)).mul_(gain).to(x.dtype)
+
+    return rms
+
+
+def _ffn(module: nn.Module) -> Map:
+    if isinstance(module, MLP):
+        first, act, second = _map(module.fc1), module.act, _map(module.fc2)
+        return lambda x: second(act(first(x)))
+    assert isinstance(module, GLU)
+    act, down = module.act, _map(module.down)
+    if module.gate.weight.numel() > 2**19:  # a copy of larger ones costs more than one operation less gains
+        gate, up = _map(module.gate), _map(module.up)
+        return lambda x: down(act(gate(x)).mul_(up(x)))
+    hidden, biases = module.gate.out_features, (module.gate.bias, module.up.bias)
+    both = product(torch.cat([module.gate.weight, module.up.weight]), None if biases[0] is None else torch.cat(biases))
+
+    def glu(x: Tensor) -> Tensor:
+        wide = both(x)
+        return down(act(wide.narrow(1, 0, hidden)).mul_(wide.narrow(1, hidden, hidden)))
+
+    return glu
