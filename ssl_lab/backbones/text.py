@@ -84,6 +84,7 @@ class TextEncoder(Transformer):
         segments: Tensor | None = None,
         layers: Sequence[int] = (),
         tokens: bool = True,
+        rows: Tensor | None = None,
     ) -> Encoded:
         """Encode token ids (B, L) int64, or what stands for them (B, L, D).
 
@@ -94,6 +95,7 @@ class TextEncoder(Transformer):
             segments: (B, L) documents of a packed row, which do not see each other.
             layers: blocks whose outputs are wanted.
             tokens: False promises that only the class token will be read; the last block leaves the others out.
+            rows: (B, M) int64, the only positions that are wanted: `Encoded.tokens` are these.
 
         Raises:
             UserError: more tokens than `max_length`.
@@ -108,11 +110,13 @@ class TextEncoder(Transformer):
             rope=self.positions.rope(at),
             bias=self.positions.bias(length, length, x.device),
         )
-        rows = None if tokens or self.causal else at.new_zeros(len(x), 1)
+        has_cls = not self.causal and rows is None
+        if has_cls and not tokens:
+            rows = at.new_zeros(len(x), 1)
         out, hidden = self.encode(self._embedded(x, at, types), ctx, layers, rows)
         out = self.norm(out)
-        first = out[:, :0] if self.causal else out[:, :1]
-        return Encoded(out, first, valid=valid if rows is None else None, hidden=hidden, has_cls=not self.causal)
+        first = out[:, :1] if has_cls else out[:, :0]
+        return Encoded(out, first, valid=valid if rows is None else None, hidden=hidden, has_cls=has_cls)
 
     def _embedded(self, x: Tensor, at: Tensor, types: Tensor | None) -> Tensor:
         tokens = self.embed(x) if x.dim() == 2 else x

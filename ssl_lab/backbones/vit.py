@@ -27,12 +27,12 @@ class ViT(Transformer):
         num_heads: attention heads.
         image_size: side in pixels that the position table is made for; other sizes resample it on the fly.
         patch_size: side of a patch.
-        in_chans: image channels C.
+        stem: makes the patch projection, called with (patch_size, dim); it may bring a norm before the blocks.
         cls_token: prepend a class token (it has a position, as in timm).
         num_registers: register tokens after it, without position (arXiv:2309.16588).
         positions: learned table, or MAE's fixed sin-cos table.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        block: recipe of a block, called with (dim, num_heads, layer=, drop_path=, norm=).
+        block: recipe of a block, called with (dim, num_heads, layer=, drop_path=); the final norm takes its epsilon.
         weights: start from these, see `ssl_lab.weights.io.load`.
     """
 
@@ -44,7 +44,7 @@ class ViT(Transformer):
         *,
         image_size: int = 224,
         patch_size: int = 16,
-        in_chans: int = 3,
+        stem: Callable[..., PatchEmbed] = PatchEmbed,
         cls_token: bool = True,
         num_registers: int = 0,
         positions: Literal["learned", "sincos"] = "learned",
@@ -54,13 +54,11 @@ class ViT(Transformer):
     ) -> None:
         rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         super().__init__(
-            lambda layer: block(dim, num_heads, layer=layer, drop_path=rates[layer], norm=layer_norm),
-            depth,
-            dim,
-            norm=layer_norm,
+            lambda layer: block(dim, num_heads, layer=layer, drop_path=rates[layer]), depth, dim, norm=layer_norm
         )
+        self.norm.eps = next((m.eps for m in self.blocks.modules() if isinstance(m, nn.LayerNorm)), self.norm.eps)
         self.dim, self.grid = dim, (image_size // patch_size, image_size // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.patch_embed = stem(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if cls_token else None
         self.registers = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         table = sincos_2d(dim, self.grid, prefix=int(cls_token))[None]
@@ -118,7 +116,8 @@ class ViT(Transformer):
         rows = None
         if not tokens and self.cls_token is not None:
             rows = torch.arange(self.num_prefix, device=x.device).expand(len(x), -1)
-        out, hidden = self.encode(torch.cat([*prefix, embedded], 1), Context(mask=mask), layers, rows)
+        sequence = self.patch_embed.norm(torch.cat([*prefix, embedded], 1))
+        out, hidden = self.encode(sequence, Context(mask=mask), layers, rows)
         out = self.norm(out)
         return Encoded(
             out[:, self.num_prefix :], out[:, : self.num_prefix], hidden=hidden, has_cls=self.cls_token is not None

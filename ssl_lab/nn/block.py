@@ -1,5 +1,6 @@
 """Residual, Block, Transformer: the core under every modality. Only the stem and the recipe of a block differ."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.cache import KVCache
-from ssl_lab.nn.ffn import MLP
+from ssl_lab.nn.ffn import ACTIVATIONS, MLP, Activation
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.nn.masking import take
 from ssl_lab.nn.rope import Rope
@@ -31,6 +32,17 @@ class Context:
     bias: Tensor | None = None  # (1 | B, H, L, S) added to the scaled scores of self-attention (ALiBi, T5)
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
+
+    def asked(self, rows: Tensor, length: int) -> "Context":
+        """The context of a block of which only `rows` (B, M) of `length` positions are wanted.
+
+        A single position under a causal mask is one that sees all keys up to its own.
+        """
+        mask = self.mask
+        if mask.causal and rows.shape[1] == 1 and mask.window is None and mask.prefix is None:
+            seen = torch.arange(length, device=rows.device) <= rows
+            mask = replace(mask, causal=False, valid=seen if mask.valid is None else seen & mask.valid)
+        return replace(self, mask=mask, rows=rows)
 
 
 class Residual(nn.Module):
@@ -108,7 +120,8 @@ class Block(nn.ModuleDict):
         first, *rest = (residual.fn for residual in self.values())
         if not isinstance(first, Attention) or first.cross or not all(hasattr(fn, "per_position") for fn in rest):
             return False
-        return not ctx.mask.causal and all(t is None for t in (ctx.mask.segments, ctx.rope, ctx.bias, ctx.cache))
+        mask = ctx.mask
+        return not mask.causal and all(t is None for t in (mask.segments, mask.window, ctx.rope, ctx.bias, ctx.cache))
 
     def _run(self, x: Tensor, ctx: Context) -> Tensor:
         for residual in self.values():
@@ -150,9 +163,10 @@ class Transformer(nn.Module):
         hidden: dict[int, Tensor] = {}
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            narrow = i == last and rows is not None and i not in wanted
-            if narrow and isinstance(block, Block) and block.narrows(ctx):
-                return block(x, replace(ctx, rows=rows)), hidden
+            if i == last and rows is not None and i not in wanted and isinstance(block, Block):
+                asked = ctx.asked(rows, x.shape[1])
+                if block.narrows(asked):
+                    return block(x, asked), hidden
             x = block(x, ctx)
             if i in wanted:
                 hidden[wanted[i]] = x
@@ -164,16 +178,20 @@ def encoder_block(
     num_heads: int,
     *,
     mlp_ratio: float = 4.0,
-    norm: NormType = nn.LayerNorm,
+    norm: NormType = functools.partial(nn.LayerNorm, eps=1e-6),
     qk_norm: NormType | None = None,
     layer_scale: float | None = None,
+    act: Activation = "gelu",
     drop_path: float = 0.0,
     kernel: KernelName = "auto",
     layer: int = 0,
 ) -> Block:
-    """The pre-norm recipe of ViT and its kin: attention, then an MLP of `mlp_ratio` times the width."""
+    """The pre-norm recipe of ViT and its kin: attention, then an MLP of `mlp_ratio` times the width.
+
+    CLIP's blocks have norms with an epsilon of 1e-5 and, in OpenAI's weights, `act="quick_gelu"`; SigLIP's "gelu_tanh".
+    """
     attention = Attention(dim, num_heads, qk_norm=qk_norm, kernel=kernel, layer=layer)
-    mlp = MLP(dim, int(dim * mlp_ratio))
+    mlp = MLP(dim, int(dim * mlp_ratio), act=ACTIVATIONS[act])
     return Block(
         attn=Residual(dim, attention, norm=norm, layer_scale=layer_scale, drop_path=drop_path),
         mlp=Residual(dim, mlp, norm=norm, layer_scale=layer_scale, drop_path=drop_path),

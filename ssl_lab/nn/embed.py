@@ -1,6 +1,7 @@
 """From pixels to tokens: patches, their projection, and position tables."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,28 @@ class PatchEmbed(nn.Module):
 
     The weight keeps the convolution's shape (D, C, p, p), so public checkpoints fit; working on patches lets a masked
     encoder drop them before the projection.
+
+    Args:
+        patch_size: side p of a patch.
+        dim: width D.
+        in_chans: image channels C.
+        bias: of the projection; CLIP has none.
+        norm: makes from D a norm of the whole sequence, prefix included, before the first block (CLIP); None = no norm.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(
+        self,
+        patch_size: int,
+        dim: int,
+        *,
+        in_chans: int = 3,
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, bias=bias)
+        self.norm = nn.Identity() if norm is None else norm(dim)
 
     def forward(self, patches: Tensor) -> Tensor:
         return linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -1,11 +1,27 @@
 """Feed-forward networks: the per-token half of a block."""
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab.nn.linear import Linear
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU (CLIP, iGPT); as SiLU, which has one kernel for its slope."""
+    return F.silu(x * 1.702) * (1 / 1.702)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
 
 
 class MLP(nn.Module):

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ssl_lab.errors import UserError
 from ssl_lab.files import replacing
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, encoder_block
+from ssl_lab.nn.embed import PatchEmbed
 from ssl_lab.nn.ffn import MLP
+from ssl_lab.weights import families
 from ssl_lab.weights.rename import State
 from ssl_lab.weights.sources import HEADER, Source, read, read_safetensors
 
@@ -58,7 +60,8 @@ def load(backbone: nn.Module, spec: str) -> None:
         if wrong := [name for name in here if there[name] != here[name]]:
             told = "; ".join(f"{name} {there[name]} there, {here[name]} here" for name in wrong)
             fitting = _settings({name: there[name] for name in wrong})
-            words = " ".join(f"method.encoder.{name}={word(value)}" for name, value in flat(fitting).items())
+            named = {"stem.in_chans" if name == "in_chans" else name: value for name, value in flat(fitting).items()}
+            words = " ".join(f"method.encoder.{name}={word(value)}" for name, value in named.items())
             raise OtherArchitecture(f"{spec} does not fit this backbone: {told}; to match it: {words}", fitting)
     if problems := differences(own, state):
         raise UserError(
@@ -76,7 +79,7 @@ def save(backbone: nn.Module, path: str | Path) -> None:
         save_file(state, partial, metadata={"format": "pt", HEADER: json.dumps(architecture(backbone))})
 
 
-def build(path: str | Path) -> ViT | Timm:
+def build(path: str | Path) -> ViT | Timm | families.LanguageModel:
     """The backbone that `save` wrote, with its weights.
 
     Raises:
@@ -89,11 +92,11 @@ def build(path: str | Path) -> ViT | Timm:
         raise UserError(f"no weights at {path}; give a .safetensors file or a run folder that holds last.safetensors")
     state, header = read_safetensors(path)
     kind, arguments = header.get("class"), header.get("arguments", {})
-    if kind not in ("ViT", "Timm"):
+    if kind not in _MAKERS:
         raise UserError(
             f"{path} does not say what it is (no architecture in its header); give it as weights= of a backbone"
         )
-    backbone = vit(arguments) if kind == "ViT" else Timm(**arguments)
+    backbone = _MAKERS[kind](arguments)
     if problems := differences(backbone.state_dict(), state):
         raise UserError(f"{path}: header and tensors disagree: {'; '.join(problems[:4])}")
     backbone.load_state_dict(state)
@@ -104,7 +107,12 @@ def architecture(backbone: nn.Module) -> dict[str, Any]:
     """Class and constructor arguments as plain JSON; empty for a backbone of other parts."""
     if isinstance(backbone, Timm):
         return {"class": "Timm", "arguments": backbone.arguments}
+    if facts := families.facts_of(backbone):
+        return {"class": families.KINDS[facts["family"]].__name__, "arguments": facts}
     if not isinstance(backbone, ViT) or not all(map(_plain, backbone.blocks)):
+        return {}
+    stem = backbone.patch_embed
+    if stem.proj.bias is None or not isinstance(stem.norm, nn.Identity) or backbone.norm.eps != layer_norm(1).eps:
         return {}
     facts = _facts(backbone.state_dict())
     return {
@@ -131,7 +139,15 @@ def vit(arguments: Mapping[str, Any]) -> ViT:
     arguments = dict(arguments)
     recipe = {name: arguments.pop(name) for name in ("mlp_ratio", "layer_scale", "qk_norm")}
     recipe["qk_norm"] = layer_norm if recipe["qk_norm"] else None
-    return ViT(**arguments, block=functools.partial(encoder_block, **recipe))
+    stem = functools.partial(PatchEmbed, in_chans=arguments.pop("in_chans", 3))
+    return ViT(**arguments, stem=stem, block=functools.partial(encoder_block, **recipe))
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any]], ViT | Timm | families.LanguageModel]] = {
+    "ViT": vit,
+    "Timm": lambda arguments: Timm(**arguments),
+    **{kind.__name__: families.make for kind in families.KINDS.values()},
+}
 
 
 def num_heads(backbone: nn.Module) -> int | None:
