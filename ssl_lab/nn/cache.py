@@ -52,6 +52,7 @@ class KVCache:
         self.length, self.window = length, window
         self._stores: dict[int, _Store] = {}
         self._fixed: dict[int, tuple[Tensor, ...]] = {}
+        self._states: dict[int, Tensor] = {}
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Add (B, Hkv, L, Dh) of the new positions; gives all (B, Hkv, S, Dh) that a new one may see, in order."""
@@ -82,10 +83,21 @@ class KVCache:
             self._fixed[layer] = make()
         return self._fixed[layer]
 
+    def state(self, layer: int) -> Tensor | None:
+        """(B, ...) that sums up the past, of layers that keep nothing per position (linear attention)."""
+        return self._states.get(layer)
+
+    def keep(self, layer: int, state: Tensor, added: int) -> None:
+        """The state after `added` more positions."""
+        self._states[layer] = state
+        self._stores.setdefault(layer, _Store()).seen += added
+
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes what row `rows[b]` was, for beam search; rows (B',) int64."""
         for store in self._stores.values():
-            store.move(tuple([t.index_select(0, rows) for t in store.views()]), store.room)
+            if store.buffers:
+                store.move(tuple([t.index_select(0, rows) for t in store.views()]), store.room)
+        self._states = {layer: state.index_select(0, rows) for layer, state in self._states.items()}
         self._fixed = {layer: tuple([t.index_select(0, rows) for t in kept]) for layer, kept in self._fixed.items()}
 
     def __len__(self) -> int:
