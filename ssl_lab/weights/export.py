@@ -16,6 +16,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.types import Pooling
 from ssl_lab.weights import io
+from ssl_lab.weights.families import LanguageModel
 from ssl_lab.weights.rename import State, Table, rename
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_dinov2, hf_vit, timm_vit
@@ -93,9 +94,15 @@ def to_timm(
 def to_hf(backbone: nn.Module, folder: Path, *, stats: Stats | None = None) -> Exported:
     """Write what `save_pretrained` of transformers writes: a ViTModel, IJepaModel or Dinov2Model (also WithRegisters).
 
+    A language model: see `text_export`.
+
     Raises:
         UserError: an architecture without a counterpart, transformers missing, or features that differ.
     """
+    if isinstance(backbone, LanguageModel):
+        from ssl_lab.weights import text_export  # it builds on this module
+
+        return text_export.to_hf(backbone, folder)
     transformers = import_transformers()
     facts = _facts(backbone)
     kind, table = hf_kind(facts)
