@@ -1,0 +1,440 @@
+"""Generated text: equal to transformers' for the same weights, whichever way it is computed."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.errors import UserError
+from ssl_lab.generation.batch import pad_left
+from ssl_lab.generation.beam import Beam, beam_search
+from ssl_lab.generation.compact import Compact
+from ssl_lab.generation.generate import generate, stream
+from ssl_lab.generation.processors import (
+    PADDING,
+    Allowed,
+    MinNewTokens,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
+from ssl_lab.generation.prompts import chat, few_shot
+from ssl_lab.generation.sampling import Sampling
+from ssl_lab.generation.steppers import Cached, stepper
+from ssl_lab.generation.words import Words
+from ssl_lab.nn.positions import ALiBi, Rotary
+from ssl_lab.nn.recipes import llama_block, rms_norm
+from ssl_lab.weights.families import make
+from ssl_lab.weights.rename import rename
+from ssl_lab.weights.tables import hf_gpt2, hf_llama, hf_t5
+
+transformers = pytest.importorskip("transformers")
+V, NEW, PAD = 61, 12, 2  # transformers fills with the end where its padding is 0
+TABLES = {"gpt2": hf_gpt2, "llama": hf_llama, "mistral": hf_llama, "t5": hf_t5}
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def shaken(module, seed=0, std=0.3):
+    """Random weights, large enough that the text does not settle on one token."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64) * std
+            p.copy_(noise if p.ndim > 1 else p.double() + noise)
+    return module.eval()
+
+
+@functools.cache
+def pair(family, dtype=torch.float64):
+    """The same random model, theirs and ours."""
+    sizes = {"vocab_size": V, "attn_implementation": "sdpa", **IDS}
+    llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **sizes}
+    if family == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=64, **sizes)
+    elif family == "llama":
+        config = transformers.LlamaConfig(**llama, num_key_value_heads=2, max_position_embeddings=64)
+    elif family == "mistral":
+        config = transformers.MistralConfig(
+            **llama, num_key_value_heads=2, max_position_embeddings=64, sliding_window=7
+        )
+    else:
+        width = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        config = transformers.T5Config(**width, **(sizes | {"decoder_start_token_id": 0, "eos_token_id": 1}))
+    theirs = shaken(transformers.AutoModelForSeq2SeqLM.from_config(config) if family == "t5" else
+                    transformers.AutoModelForCausalLM.from_config(config), std=0.6 if family == "t5" else 0.3).to(dtype)  # fmt: skip
+    table = TABLES[family]
+    facts = table.facts(theirs.config)
+    ours = make(facts).to(dtype).eval()
+    ours.load_state_dict(
+        rename({k.removeprefix(table.PREFIX): v for k, v in theirs.state_dict().items()}, table.table(facts))
+    )
+    return theirs, ours
+
+
+def prompts(*lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, V, (n,), generator=generator) for n in lengths]
+
+
+def of_theirs(theirs, rows, **more):
+    tokens, valid = pad_left(rows, PAD)
+    mask = torch.ones_like(tokens) if valid is None else valid.long()
+    with torch.no_grad():
+        out = theirs.generate(tokens, attention_mask=mask, **({"max_new_tokens": NEW, "do_sample": False} | more))
+    return out[:, tokens.shape[1] :]
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 9), (3, 11, 7)], ids=["one", "even", "padded"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_greedy_text_is_transformers(family, lengths):
+    theirs, ours = pair(family)
+    rows = prompts(*lengths)
+    expected = of_theirs(theirs, rows)
+    assert len(expected.unique()) > 3, "a text of one token proves little"
+    assert isinstance(stepper(ours), Compact)
+    assert torch.equal(generate(ours, rows, max_new_tokens=NEW), expected)
+    assert torch.equal(generate(ours, rows, max_new_tokens=NEW, compact=False), expected)
+    assert torch.equal(generate(ours, rows, max_new_tokens=NEW, cache=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_scores_of_the_quick_path_are_those_of_the_modules(family, dtype):
+    _, ours = pair(family, dtype)
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.08}[dtype]
+    tokens, valid = pad_left(prompts(4, 10, 9), 0)
+    with torch.no_grad():
+        quick, whole = stepper(ours), Cached(ours, cache=False)
+        a, b = quick.begin(tokens, valid, 20), whole.begin(tokens, valid, 20)
+        for i in range(19):
+            assert (a - b).abs().max() <= tolerance * b.abs().max(), i
+            a, b = quick.step(torch.full((3,), 5 + i)), whole.step(torch.full((3,), 5 + i))
+            if i == 8:
+                rows = torch.tensor([2, 0, 0])
+                quick.reorder(rows)
+                whole.reorder(rows)
+
+
+def test_the_window_rolls_and_forgets():
+    """Only `window` keys are held, and what has left the window cannot matter in a model of one layer."""
+    decoder = shaken(tiny(depth=1, window=4)).double()
+    quick = stepper(decoder)
+    with torch.no_grad():
+        a, b = prompts(9, seed=1)[0], prompts(9, seed=2)[0]
+        tail = torch.tensor([7, 8, 9, 10])
+        for first in (a, b):
+            quick.begin(first[None], None, 20)
+            for token in tail:
+                last = quick.step(token[None])
+            other = quick.kept.shape[3]
+            assert other == 4
+            first.last = last
+    assert torch.allclose(a.last, b.last, atol=1e-14)
+
+
+def tiny(**more):
+    """A LLaMA-like decoder of V tokens."""
+    given = {"max_length": 64, "positions": Rotary, "block": llama_block, "norm": rms_norm} | more
+    return Decoder(V, 32, **({"depth": 2, "num_heads": 4} | given))
+
+
+@pytest.mark.parametrize(
+    ("what", "quick"),
+    [
+        ({}, True),
+        ({"positions": ALiBi}, False),
+        ({"block": lambda d, h, layer: hooked(llama_block(d, h, layer=layer))}, False),
+    ],
+    ids=["plain", "alibi", "hooks"],
+)
+def test_what_the_quick_path_does_not_know_goes_through_the_modules(what, quick):
+    decoder = shaken(tiny(**what)).double()
+    assert isinstance(stepper(decoder), Compact) == quick
+    rows = prompts(3, 8)
+    expected = generate(decoder, rows, max_new_tokens=NEW, cache=False)
+    assert torch.equal(generate(decoder, rows, max_new_tokens=NEW), expected)
+
+
+def hooked(block):
+    block.register_forward_hook(lambda module, args, out: out * 1.5)
+    return block
+
+
+def test_ends_fill_and_stop():
+    theirs, ours = pair("llama")
+    rows = prompts(5, 9, 3)
+    free = generate(ours, rows, max_new_tokens=NEW)
+    row, at = next((r, i) for r in range(3) for i in range(3, NEW) if free[r, i] not in free[r, :i])
+    eos = int(free[row, at])
+    out = generate(ours, rows, max_new_tokens=NEW, eos=eos, pad=PAD)
+    assert torch.equal(out, of_theirs(theirs, rows, eos_token_id=eos)[:, : out.shape[1]])
+    assert out[row, : at + 1].tolist() == free[row, : at + 1].tolist() and (out[row, at + 1 :] == PAD).all()
+    assert generate(ours, rows[row : row + 1], max_new_tokens=NEW, eos=(eos, PAD)).shape[1] <= at + 1
+    longer = Sampling(min_new_tokens=6)
+    out = generate(ours, rows, max_new_tokens=NEW, eos=eos, pad=PAD, sampling=longer)
+    assert (out[:, :6] != eos).all()
+    assert torch.equal(out, of_theirs(theirs, rows, eos_token_id=eos, min_new_tokens=6)[:, : out.shape[1]])
+
+
+def test_stream_yields_each_step_and_leaves_the_mode():
+    _, ours = pair("gpt2")
+    rows = prompts(4, 6)
+    ours.train()
+    steps = stream(ours, rows, max_new_tokens=5)
+    parts = [next(steps), next(steps)]
+    assert not torch.is_inference_mode_enabled()
+    parts += list(steps)
+    assert ours.training and not ours.eval().training
+    assert torch.equal(torch.stack(parts, 1), generate(ours, rows, max_new_tokens=5))
+
+
+def test_a_seed_is_a_text():
+    _, ours = pair("gpt2", torch.float32)
+    drawn = [generate(ours, prompts(4), max_new_tokens=20, sampling=Sampling(1.0, seed=s)).tolist() for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_samples_are_transformers():
+    theirs, ours = pair("llama", torch.float32)
+    rows, how = prompts(6, 3), {"temperature": 0.7, "top_k": 9, "top_p": 0.83, "repetition_penalty": 1.2}
+    tokens, _ = pad_left(rows, 0)
+    even = [*tokens]  # their penalty counts padding too: none here
+    out = generate(ours, even, max_new_tokens=NEW, sampling=Sampling(**how, seed=3))
+    torch.manual_seed(3)
+    assert torch.equal(out, of_theirs(theirs, even, do_sample=True, **how))
+
+
+@pytest.mark.parametrize(
+    ("rows", "new", "message"),
+    [
+        ([[1] * 65], 1, "65 tokens, the model's context holds 64"),
+        ([[1] * 60], 5, "at most max_new_tokens=4"),
+        ([[1, V]], 1, f"knows 0 to {V - 1}"),
+        ([[1], []], 1, "no tokens"),
+        ([[1]], 0, "1 or more"),
+        ([[1]], None, "max_new_tokens is not given"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(rows, new, message):
+    decoder = tiny()
+    decoder.forward = None  # type: ignore[assignment]
+    for call in (stream, beam_search):
+        with pytest.raises(UserError, match=message):
+            call(decoder, rows, max_new_tokens=new)
+
+
+def test_the_whole_context_can_be_filled():
+    _, ours = pair("gpt2")
+    assert generate(ours, [[3] * 60], max_new_tokens=4).shape == (1, 4)
+
+
+# ---- scores of the next token
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Temperature(0.7), lambda p: p.TemperatureLogitsWarper(0.7)),
+        (TopK(5), lambda p: p.TopKLogitsWarper(5)),
+        (TopK(1000), lambda p: p.TopKLogitsWarper(1000)),
+        (TopP(0.6), lambda p: p.TopPLogitsWarper(0.6)),
+        (TopP(0.01), lambda p: p.TopPLogitsWarper(0.01)),
+        (RepetitionPenalty(1.3), lambda p: p.RepetitionPenaltyLogitsProcessor(1.3)),
+        (MinNewTokens(4, (2, 3), 6), lambda p: p.MinNewTokensLengthLogitsProcessor(6, 4, [2, 3])),
+    ],
+)
+def test_processors_are_transformers(ours, theirs):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (5, 8), generator=generator)
+    logits = 3 * torch.randn(5, V, generator=generator)
+    expected = theirs(transformers.generation.logits_process)(tokens, logits.clone())
+    assert torch.equal(ours(tokens, logits), expected)
+    assert not torch.equal(expected, logits) or ours == TopK(1000)
+
+
+def test_nucleus_holds_the_token_that_crosses():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert TopP(0.6)(None, logits).isfinite().tolist() == [[True, True, False, False]]
+    assert TopP(0.4)(None, logits).isfinite().tolist() == [[True, False, False, False]]
+
+
+def test_padding_is_no_repetition():
+    logits = torch.ones(1, 4)
+    assert RepetitionPenalty(2.0)(torch.tensor([[PADDING, PADDING, 2]]), logits).tolist() == [[1, 1, 0.5, 1]]
+
+
+def test_order_of_processors():
+    kinds = [type(p) for p in Sampling(0.5, 3, 0.9, 1.1, 2, extra=(len,)).processors(4, (1,))]
+    assert kinds == [RepetitionPenalty, MinNewTokens, type(len), Temperature, TopK, TopP]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 1.0, "top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"top_k": 3},
+    ],
+)
+def test_values_out_of_range(wrong):
+    with pytest.raises(UserError, match=[*wrong][-1]):
+        Sampling(**wrong)
+
+
+def test_only_what_is_allowed_is_generated():
+    _, ours = pair("gpt2")
+    rows = prompts(4, 7, 5)
+    choices = [[5, 6], [5, 6, 7], "hi"]
+    allowed = Allowed(choices, eos=1, start=7, encode=lambda text: [ord(c) - 60 for c in text])
+    for sampling in (Sampling(extra=(allowed,)), Sampling(2.0, extra=(allowed,)), Sampling(1.0, 2, extra=(allowed,))):
+        for row in generate(ours, rows, max_new_tokens=8, eos=1, pad=0, sampling=sampling).tolist():
+            text = row[: row.index(1)]
+            assert text in ([5, 6], [5, 6, 7], [ord("h") - 60, ord("i") - 60])
+    with pytest.raises(UserError, match="encode"):
+        Allowed(["hi"], eos=1, start=0)
+
+
+# ---- beams
+
+
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_beams_are_transformers(family, alpha, early):
+    theirs, ours = pair(family, torch.float32)
+    rows = prompts(5, 9, 7)
+    eos = int(generate(ours, rows, max_new_tokens=NEW)[1, 3])
+    for width in (3, 4):
+        how = {"num_beams": width, "early_stopping": early, "length_penalty": alpha}
+        expected = of_theirs(theirs, rows, eos_token_id=eos, **how)
+        beam = Beam(width, alpha, early_stopping=early)
+        found = beam_search(ours, rows, max_new_tokens=NEW, eos=eos, pad=PAD, beam=beam)
+        best = found.tokens[:, 0]
+        length = min(best.shape[1], expected.shape[1])
+        assert torch.equal(best[:, :length], expected[:, :length])
+        assert (best[:, length:] == PAD).all() and (expected[:, length:] == PAD).all()
+
+
+def test_beams_of_an_encoder_and_decoder_are_transformers():
+    theirs, ours = pair("t5", torch.float32)
+    rows = prompts(9, 9)
+    for width, alpha in itertools.product((1, 3, 4), (0.0, 1.0)):
+        with torch.no_grad():
+            expected = theirs.generate(torch.stack(rows), num_beams=width, length_penalty=alpha, max_new_tokens=NEW,
+                                       do_sample=False)[:, 1:]  # fmt: skip
+        best = beam_search(ours, rows, max_new_tokens=NEW, eos=1, pad=PAD, start=0, beam=Beam(width, alpha)).tokens[
+            :, 0
+        ]
+        assert best.tolist() == expected.tolist()
+        if width == 1:
+            assert generate(ours, rows, max_new_tokens=NEW, eos=1, pad=PAD).tolist() == expected.tolist()
+    assert len(expected.unique()) > 3
+
+
+def test_sources_of_different_length_do_not_disturb_each_other():
+    model = shaken(EncoderDecoder(V, 32, 2, 4, max_length=80), std=0.2).double()
+    rows = prompts(4, 9)
+    together = beam_search(model, rows, eos=1, max_new_tokens=NEW)
+    for row, tokens in zip(rows, together.tokens[:, 0], strict=True):
+        alone = beam_search(model, [row], eos=1, max_new_tokens=NEW).tokens[0, 0]
+        assert tokens[: len(alone)].tolist() == alone.tolist()
+    assert generate(model, rows).shape[1] == 9 + 50
+
+
+@pytest.mark.parametrize("penalty", ["length", "gnmt"])
+def test_enough_beams_find_the_best_of_all(penalty):
+    """Every sequence of a toy vocabulary, scored one by one."""
+    vocab, new, eos, alpha = 4, 4, 1, 0.6
+    decoder = shaken(Decoder(vocab, 16, 2, 2, max_length=16), std=0.8).double()
+    prompt = torch.tensor([2, 3])
+    beam = Beam(3 * vocab**3, alpha, penalty, early_stopping="never")
+    found = beam_search(decoder, [prompt], max_new_tokens=new, eos=eos, pad=0, beam=beam)
+    scores = {}
+    for text in itertools.product(range(vocab), repeat=new):
+        text = text[: text.index(eos) + 1] if eos in text else text
+        if text not in scores:
+            ids = torch.cat([prompt, torch.tensor(text)])
+            with torch.no_grad():
+                logs = decoder.logits(decoder(ids[None]).tokens[0]).log_softmax(-1)
+            total = sum(logs[1 + i, token].item() for i, token in enumerate(text))
+            n = len(text)
+            scores[text] = total / (n**alpha if penalty == "length" else ((5 + n) / 6) ** alpha)
+    best = sorted(scores, key=scores.get, reverse=True)[:5]
+    rows = found.tokens[0, :5].tolist()
+    assert [tuple(row[: len(text)]) for row, text in zip(rows, best, strict=True)] == best
+    assert all(math.isclose(a, scores[b], rel_tol=1e-5) for a, b in zip(found.scores[0, :5].tolist(), best))
+
+
+def test_beam_mistakes():
+    with pytest.raises(UserError, match="num_beams=0"):
+        Beam(0)
+    with pytest.raises(UserError, match="draws nothing"):
+        beam_search(tiny(), [[1]], max_new_tokens=1, sampling=Sampling(1.0))
+
+
+# ---- prompts and text
+
+
+def test_few_shots():
+    text = few_shot(
+        [("2+2", "4"), ("{output}", "5")], "3+3", instruction="Add.", separator="\n--\n", shot="{input} = {output}"
+    )
+    assert text == "Add.\n--\n2+2 = 4\n--\n{output} = 5\n--\n3+3 ="
+    with pytest.raises(UserError, match="must contain"):
+        few_shot([], "x", shot="{output}{input}")
+
+
+TEMPLATE = """{% if messages[0]['role'] != 'system' %}{{ bos_token }}{% endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+{{ '<|' + message['role'] + '|>' + message['content'] | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_chat_is_transformers():
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    config = {"chat_template": TEMPLATE, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "you"}]
+    for answer in (True, False):
+        expected = theirs.apply_chat_template(
+            messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=answer
+        )
+        assert chat(messages, config, answer=answer) == expected
+    assert chat(messages, config | {"chat_template": [{"name": "default", "template": "{{ bos_token }}"}]}) == "<s>"
+    for wrong, message in ((config, "no tools here"), ({}, "no chat_template")):
+        with pytest.raises(UserError, match=message):
+            chat([{"role": "tool", "content": "x"}], wrong)
+    with pytest.raises(UserError, match="fails"):  # nothing outside the sandbox
+        chat(messages, {"chat_template": "{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}"})
+
+
+class Bytes:
+    """Ids are bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_only_whole_characters_are_given():
+    text = "a\u00e9\u20ac\U0001f600 b"
+    words, parts = Words(Bytes(), before=b"x\xc3"), []
+    words = Words(Bytes(), before=b"before")
+    for byte in text.encode():
+        parts.append(words.push(byte))
+    assert "".join(parts) == text and not words.rest()
+    assert parts[0] == "a" and parts[1] == "" and parts[2] == "\u00e9"
+    assert [words.push(0xE2), words.push(0x82)] == ["", ""] and words.rest() == "\ufffd"
