@@ -12,6 +12,7 @@ VERBS = {
     "evaluate": "judge the features of a checkpoint or of imported weights",
     "export": "write a checkpoint as timm, Hugging Face or plain safetensors weights",
     "bench": "time training steps, alone or beside other libraries",
+    "tokenizer": "train a tokenizer, and say how many bytes a token holds",
     "list": "experiments, methods, backbones and data sets to choose from",
     "doctor": "what this machine has: versions, devices, attention kernels, data, disk",
 }
@@ -25,6 +26,10 @@ EXAMPLES = {
     "evaluate": ["ssl-lab evaluate ckpt=runs/quickstart/0/checkpoints/last.ckpt eval=[knn,linear]"],
     "export": ["ssl-lab export ckpt=runs/quickstart/0/checkpoints/last.ckpt to=timm"],
     "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
+    "tokenizer": [
+        "ssl-lab tokenizer data.path=my.txt vocab_size=8192 out=tokenizers/mine",
+        "ssl-lab tokenizer data.path=/my/parquet data.column=[en,de] kind=wordpiece",
+    ],
     "list": ["ssl-lab list", "ssl-lab list mae"],
     "doctor": ["ssl-lab doctor", "ssl-lab doctor data.path=/my/images"],
 }

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_lab.data.folders import share
@@ -9,6 +10,18 @@ from ssl_lab.data.text_tables import CAPTIONS, JSONL, PARQUET, divided, find, op
 from ssl_lab.errors import UserError
 
 _TRAIN_SHARE = 0.9  # of the characters of a single text file, as in nanoGPT's preparation of its sets
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """What `documents` gives for the same arguments, to be read as often as wanted."""
+
+    path: str
+    split: str | None = None
+    column: str | Sequence[str] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return documents(self.path, self.split, self.column)
 
 
 def documents(path: str, split: str | None = None, column: str | Sequence[str] | None = None) -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssl_lab.data.folders import missing
-from ssl_lab.data.text_files import documents
+from ssl_lab.data.text_files import Documents
 from ssl_lab.data.text_tables import CAPTIONS
 from ssl_lab.data.tokenizer_train import USUAL, Kind, train
 from ssl_lab.errors import UserError
@@ -224,7 +224,7 @@ def _trained(
     split: str | None,
     stamp: int,
 ) -> Tokenizer:
-    return Tokenizer(train(documents(path, split, column), kind, vocab_size, special, sentinels, origin=path))
+    return Tokenizer(train(Documents(path, split, column), kind, vocab_size, special, sentinels, origin=path))
 
 
 def character(path: str, *, special: Sequence[str] = ()) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Training of tokenizers by the `tokenizers` library, with the settings of GPT-2, GPT-4 and BERT."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ USUAL = {  # special tokens by role, and their usual names
 }
 END = "<|endoftext|>"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ALPHABET = 1000  # characters at most of a WordPiece vocabulary; rarer ones are unknown
 _GPT4_PATTERN = (  # cl100k_base: contractions, words with a mark before them, digits by three, marks, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,7 +35,9 @@ def train(
     sentinels: int = 0,
     origin: str = "",
 ) -> Tokenizer:
-    """A tokenizer for `texts`; `special` are further special tokens, `origin` names the texts in messages.
+    """A tokenizer for `texts`, which are read once or twice; the same texts give the same tokenizer.
+
+    `special` are further special tokens, `origin` names the texts in messages.
 
     Special tokens come first, then the alphabet, then what was learned, then `sentinels` tokens from <extra_id_N> down
     to <extra_id_0>; `vocab_size` counts them all. Both BPEs have <|endoftext|>, after the special tokens; WordPiece
@@ -95,21 +99,48 @@ def _byte_level(backend: Tokenizer, texts: "_Counted", vocab_size: int, special:
 
 
 def _wordpiece(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
+    """Trained with the characters that go on (##x) as given tokens: else the library numbers them in random order."""
+    special = list(dict.fromkeys([*BERT_SPECIAL, *special]))
+    draft = _bert(models.WordPiece(unk_token="[UNK]"))
+    alphabet = _alphabet(texts, draft)
+    inner = [f"##{x}" for x in alphabet if len(draft.pre_tokenizer.pre_tokenize_str(f"a{x}")) == 1]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(dict.fromkeys([*BERT_SPECIAL, *special])), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[*special, *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
-    vocab = backend.get_vocab()
+    draft.train_from_iterator(texts, trainer)
+    vocab = draft.get_vocab()
+    backend = _bert(models.WordPiece(vocab=vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.add_special_tokens(special)
+    backend.decoder = decoders.WordPiece(prefix="##")
     backend.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     return backend
 
 
+def _bert(model: models.Model) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def _alphabet(texts: Iterable[str], backend: Tokenizer) -> list[str]:
+    """The commonest characters after normalisation, in sorted order."""
+    raw: Counter[str] = Counter()
+    for text in texts:
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():
+        for x in backend.normalizer.normalize_str(character):
+            counts[x] += 0 if x.isspace() else count
+    return sorted(sorted(+counts, key=lambda x: (-counts[x], x))[:_ALPHABET])
+
+
 class _Counted:
-    """Hands texts on and counts their characters."""
+    """Hands texts on, as often as asked, and counts their characters."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts, self.characters = texts, 0
