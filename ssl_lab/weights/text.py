@@ -103,7 +103,7 @@ def load_head(head: MaskedLMHead | PoolerHead, spec: str) -> None:
     kind, _, name = spec.partition(":")
     if kind != "hf":
         raise UserError(f"{spec}: heads come from transformers' models alone: hf:<folder or repository>")
-    family, _, state = _from_hf(name, heads=True)
+    family, _, state = _from_hf(name)
     if family != "bert":
         raise UserError(f"{spec} is a {family!r}; a head of BERT needs a BERT")
     parts: tuple[str, ...]
@@ -119,7 +119,7 @@ def load_head(head: MaskedLMHead | PoolerHead, spec: str) -> None:
     head.load_state_dict(found)
 
 
-def _from_hf(name: str, *, heads: bool = False) -> tuple[str, dict[str, Any], State]:
+def _from_hf(name: str) -> tuple[str, dict[str, Any], State]:
     """Family, facts and tensors in their names, those of the base model without its prefix."""
     try:
         import transformers
@@ -145,13 +145,14 @@ def _from_hf(name: str, *, heads: bool = False) -> tuple[str, dict[str, Any], St
     except Exception as error:
         raise UserError(f"hf:{name}: the weights cannot be read ({sources.first_line(error)})") from error
     missing = {key.removeprefix(table.PREFIX) for key in info["missing_keys"]}
-    if lost := sorted(key for key in missing if heads or not key.startswith(_NOT_TRAINED)):
+    if lost := sorted(key for key in missing if not key.startswith(_NOT_TRAINED)):
         raise UserError(f"hf:{name}: the weights lack {lost[0]!r} ({len(lost)} missing); is the file complete?")
     facts = table.facts(config)
     output = model.get_output_embeddings()
     if "tied" in facts:
         facts["tied"] = output is None or output.weight is model.get_input_embeddings().weight
-    return family, facts, {key.removeprefix(table.PREFIX): value for key, value in model.state_dict().items()}
+    state = {key.removeprefix(table.PREFIX): value for key, value in model.state_dict().items()}
+    return family, facts, {key: value for key, value in state.items() if key not in missing}
 
 
 def _backbone(state: State, path: Path) -> State:
