@@ -57,6 +57,7 @@ class TextEncoder(Transformer):
         if post_norm(self):
             self.embed_norm, self.norm = self.norm, nn.Identity()
         self.dropout = nn.Dropout(dropout)
+        self.pretrained = weights is not None
         self.init_weights()
         if weights is not None:
             from ssl_lab.weights.text import load

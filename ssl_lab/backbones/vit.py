@@ -56,7 +56,8 @@ class ViT(Transformer):
         super().__init__(
             lambda layer: block(dim, num_heads, layer=layer, drop_path=rates[layer]), depth, dim, norm=layer_norm
         )
-        self.norm.eps = next((m.eps for m in self.blocks.modules() if isinstance(m, nn.LayerNorm)), self.norm.eps)
+        norms = [module for module in self.blocks.modules() if isinstance(module, nn.LayerNorm)]
+        self.norm = nn.LayerNorm(dim, eps=norms[0].eps) if norms else self.norm
         self.dim, self.grid = dim, (image_size // patch_size, image_size // patch_size)
         self.patch_embed = stem(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if cls_token else None
