@@ -28,6 +28,8 @@ from ssl_lab.files import write_text
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.register_at_fork(after_in_child=lambda: os.environ.__setitem__("TOKENIZERS_PARALLELISM", "false"))
 
+_BLANKS = "\u0120\u010a\u0109\u010d\u2581"  # how byte-level BPE writes a blank, line end, tab; SentencePiece a blank
+
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows what its special tokens are for.
@@ -67,8 +69,8 @@ class Tokenizer:
         """
         names = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         hashes = any(name.startswith("##") for name in names)
-        starts = [not (name.startswith("##") if hashes else name[:1].isalnum()) for name in names]
-        found = torch.tensor(starts)
+        goes_on = [name.startswith("##") if hashes else name[:1].isalnum() and name[0] not in _BLANKS for name in names]
+        found = ~torch.tensor(goes_on)
         found[self.special] = True
         return found
 
