@@ -108,3 +108,16 @@ class Predicts(Protocol):
     def nll(self, batch: Batch) -> Tensor:
         """(B, L) float32: nats of every label, 0 where none is scored."""
         ...
+
+
+@runtime_checkable
+class EmbedsPairs(Protocol):
+    """A method with images and texts in one space: zero-shot classification, retrieval across both."""
+
+    def embed_image(self, batch: Batch) -> Tensor:
+        """(B, E) of unit length, of `batch["image"]`."""
+        ...
+
+    def embed_text(self, batch: Batch) -> Tensor:
+        """(B, E) of unit length, of `batch["tokens"]`, of which `batch["valid"]` are real."""
+        ...

@@ -38,7 +38,9 @@ class TrainBatches:
     def __call__(self, number: int) -> Batch:
         """Keys: those of the views (or `image`, uint8), `target`, `index`, `position`."""
         position = batch_positions(number, self.batch_size, self.rank, self.world_size)
-        samples = self.source.read(rows_at(position, self.seed, len(self.source)).tolist())
+        own = getattr(self.source, "rows_at", None)  # shards have an order of their own
+        rows = rows_at(position, self.seed, len(self.source)) if own is None else own(position, self.seed)
+        samples = self.source.read(rows.tolist())
         if self.views is not None:
             batch = augment(self.views, samples.data, position, self.seed)
         elif isinstance(samples.data, Tensor):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,38 +27,59 @@ _TRIES = 16  # stand-ins that are tried for one unreadable image
 _PROBES = 8  # headers that are read to guess whether all images have one size
 
 
-class HFImages:
-    """The images of one split at `path`: a parquet file or folder, an image folder, or the name of a hub data set.
+class Encoded(Protocol):
+    """Undecoded images by row, with their targets."""
 
-    Columns are found by their type and name unless they are given. With `in_memory="auto"` a set whose images all
-    have one size and fill less than 1 GiB is decoded once; other images are decoded whenever they are read. An
-    unreadable image is replaced by another one, which depends on its row alone, and is reported: by a warning and, if
-    `bad_samples` names a file, by a line of JSON in it.
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of the targets; empty where there are no labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def blobs(self, rows: Sequence[int]) -> list[bytes]:
+        """Image files; empty where one cannot be opened."""
+        ...
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """(B,) int64 rows -> (B,) int64 targets, -1 = unlabelled."""
+        ...
+
+    def name(self, row: int) -> str:
+        """How a person finds the image."""
+        ...
+
+
+class EncodedImages:
+    """Decodes the images of a table when they are read, or all of them once.
+
+    With `in_memory="auto"` a set whose images all have one size and fill less than 1 GiB is decoded once; other images
+    are decoded whenever they are read. An unreadable image is replaced by another one, which depends on its row alone,
+    and is reported: by a warning and, if `bad_samples` names a file, by a line of JSON in it. `path` and `split` name
+    the set in messages.
 
     Raises:
-        UserError: there is nothing at `path`, no image in it, or more than 1 % of what was read is unreadable.
+        UserError: more than 1 % of what was read is unreadable.
     """
 
     unit = "images"
 
     def __init__(
         self,
-        path: str | Path,
+        table: Encoded,
+        path: str,
+        split: str,
         *,
-        split: str = "train",
-        image_column: str | None = None,
-        label_column: str | None = None,
         in_memory: bool | Literal["auto"] = "auto",
         bad_samples: str | Path | None = None,
     ):
-        self.path, self.split = str(path), split
-        self.table = open_table(self.path, split, image_column, label_column)
-        self.classes = self.table.classes
+        self.table, self.path, self.split = table, path, split
+        self.classes = table.classes
         self.bad: dict[int, str] = {}  # row -> reason
         self.bad_samples = Path(bad_samples) if bad_samples else None
-        self._read, self._floor = 0, min(len(self.table), _EARLY)
+        self._read, self._floor = 0, min(len(table), _EARLY)
         self._pixels: Tensor | None = None
-        self._rows = torch.arange(len(self.table))  # which row is read for each, once all are decoded
+        self._rows = torch.empty(0)  # which row is read for each, once all are decoded
         if in_memory is True or (in_memory == "auto" and self._fits()):
             self._decode_all(must=in_memory is True)
 
@@ -69,10 +90,10 @@ class HFImages:
         """Images at `rows`: one tensor if the set is in memory, else a list; see `Samples`."""
         if self._pixels is not None:
             used = self._rows[list(rows)]
-            return Samples(self._pixels[used], self.table.targets[used], used)
+            return Samples(self._pixels[used], self.table.labels(used), used)
         found = [self._readable(row, blob) for row, blob in zip(rows, self.table.blobs(rows), strict=True)]
         used = torch.tensor([row for _, row in found])
-        return Samples([image for image, _ in found], self.table.targets[used], used)
+        return Samples([image for image, _ in found], self.table.labels(used), used)
 
     def _readable(self, row: int, blob: bytes) -> tuple[Tensor, int]:
         """The image at `row`, or its stand-in, with the row it was read from."""
@@ -137,11 +158,35 @@ class HFImages:
                     good.append(row)
         if pixels is None:
             raise UserError(self._too_many())
+        self._rows = torch.arange(len(self))
         for row in self.bad:
             self._rows[row] = good[fold(row, 0) % len(good)]
         self._pixels = pixels
         what = f"{len(self):,} images of {pixels.shape[2]} x {pixels.shape[3]}"
         log.info("%s %s: %s decoded into memory (%d MiB)", self.path, self.split, what, pixels.numel() >> 20)
+
+
+class HFImages(EncodedImages):
+    """The images of one split at `path`: a parquet file or folder, an image folder, or the name of a hub data set.
+
+    Columns are found by their type and name unless they are given; `in_memory` and `bad_samples` as above.
+
+    Raises:
+        UserError: there is nothing at `path`, no image in it, or more than 1 % of what was read is unreadable.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        split: str = "train",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        in_memory: bool | Literal["auto"] = "auto",
+        bad_samples: str | Path | None = None,
+    ):
+        table = open_table(str(path), split, image_column, label_column)
+        super().__init__(table, str(path), split, in_memory=in_memory, bad_samples=bad_samples)
 
 
 def _try(blob: bytes) -> Tensor | Unreadable:

@@ -32,13 +32,25 @@ class Table:
     classes: list[str]
     origin: str = ""  # what the row numbers count in; empty where a row is a file
     numbers: list[int] = field(default_factory=list)  # row numbers in `origin`, where only some of them are here
+    columns: "datasets.Dataset | None" = None  # the same rows with all their columns, where there are others
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def blobs(self, rows: Sequence[int]) -> list[bytes]:
         """The encoded images at `rows`; empty where a file cannot be opened."""
-        return [_bytes_of(x) for x in self.rows[list(rows)][self.column]]
+        return [bytes_of(x) for x in self.rows[list(rows)][self.column]]
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """(B,) int64 targets of the rows (B,) int64."""
+        return self.targets[rows]
+
+    def select(self, keep: list[int]) -> "Table":
+        """The same with some of the rows, ascending."""
+        numbers = [self.numbers[x] for x in keep] if self.numbers else keep
+        columns = None if self.columns is None else self.columns.select(keep)
+        targets = self.targets[keep]
+        return replace(self, rows=self.rows.select(keep), targets=targets, numbers=numbers, columns=columns)
 
     def name(self, row: int) -> str:
         """How a person finds the image."""
@@ -49,8 +61,8 @@ class Table:
 def open_table(path: str, split: str, image_column: str | None = None, label_column: str | None = None) -> Table:
     """The images of `split` at `path`.
 
-    Where a local set has only one split, a tenth of it is held out by a hash of the file name (or the row number):
-    the same images on every machine and in every run.
+    Where a local set has only one split, its column `split` tells what is held out; without one, a tenth is, by a hash
+    of the file name (or the row number): the same images on every machine and in every run.
 
     Raises:
         UserError: nothing is there, it holds no images, or a column is missing.
@@ -111,8 +123,19 @@ def _parquet(root: Path, files: list[Path], split: str, image_column: str | None
 
     rows = load_dataset("parquet", data_files=[str(x) for x in chosen], split="train")
     origin = str(chosen[0] if len(chosen) == 1 else root)
-    table = _table(rows, origin, image_column, label_column, values, names)
+    table = table_of(rows, origin, image_column, label_column, values, names)
+    if divide and (told := _told(rows)):
+        held_out = split != "train"
+        return table.select([i for i, name in enumerate(told) if (name != "train") == held_out])
     return _part(table, [fold(0, row) for row in range(len(table))], split) if divide else table
+
+
+def _told(rows: "datasets.Dataset") -> list[str]:
+    """What a column named `split` says of each row; nothing if there is none, or it names other things."""
+    if "split" not in rows.features:
+        return []
+    found: list[str] = rows.with_format("arrow")[:]["split"].to_pylist()
+    return found if {"train"} < set(found) <= {"train", *HELD_OUT} else []
 
 
 def _hub(path: str, split: str, image_column: str | None, label_column: str | None) -> Table:
@@ -124,17 +147,17 @@ def _hub(path: str, split: str, image_column: str | None, label_column: str | No
         reason = f"and the Hugging Face hub does not give it: {_line(error)}"
         offline = "without a network, set data.path to a folder or parquet file"
         raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
-    return _table(rows, f"{path} {split}", image_column, label_column, lambda column: list(rows.unique(column)), None)
+    return table_of(rows, f"{path} {split}", image_column, label_column, lambda column: list(rows.unique(column)), None)
 
 
 def _part(table: Table, keys: list[int], split: str) -> Table:
     keep = share(keys, split)
     if not keep:
         raise UserError(f"{table.origin or table.name(0)} is a single image: it cannot be divided into train and test")
-    return replace(table, rows=table.rows.select(keep), targets=table.targets[keep], numbers=keep)
+    return table.select(keep)
 
 
-def _table(
+def table_of(
     rows: "datasets.Dataset",
     origin: str,
     image_column: str | None,
@@ -162,7 +185,7 @@ def _table(
         targets, classes = _targets(column, [x for x in values(label) if x is not None], names, f"{origin} {label}")
     if image in images:
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    return Table(rows.select_columns([image]), image, targets, classes, origin)
+    return Table(rows.select_columns([image]), image, targets, classes, origin, columns=rows)
 
 
 def _targets(column: list[Any], known: list[Any], names: list[str] | None, origin: str) -> tuple[Tensor, list[str]]:
@@ -178,7 +201,8 @@ def _targets(column: list[Any], known: list[Any], names: list[str] | None, origi
     return torch.tensor([-1 if x is None else x for x in column]), list(names)
 
 
-def _bytes_of(value: Any) -> bytes:
+def bytes_of(value: Any) -> bytes:
+    """What a cell holds, or what is in the file that it names; empty where that cannot be opened."""
     if isinstance(value, bytes):
         return value
     entry: dict[str, Any] = {"path": value} if isinstance(value, str) else value or {}

@@ -1,0 +1,226 @@
+"""Undecoded images with their captions, from parquet, the Hugging Face hub, .csv and .tsv."""
+
+import csv
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ssl_lab.data.folders import HELD_OUT, choose, share
+from ssl_lab.data.tables import Table, bytes_of, open_table, table_of
+from ssl_lab.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+_CAPTION_NAMES = ("caption", "captions", "text", "title", "sentence", "sentences", "raw", "description", "annotation")
+_PATH_NAMES = ("image", "filepath", "file_path", "image_path", "filename", "file_name", "image_name", "path", "file")
+_LABEL_NAMES = ("label", "labels", "target", "class")
+_CSV = (".csv", ".tsv")
+_SEPARATORS = ("\t", ",", ";", "|")
+
+
+@dataclass(slots=True)
+class PairTable:
+    """Images of a table and their captions, the only column of `texts`; relative paths of images start at `base`."""
+
+    table: Table
+    texts: "datasets.Dataset"
+    base: Path | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self.table.classes
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def blobs(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded images at `rows`; empty where a file cannot be opened."""
+        values = self.table.rows[list(rows)][self.table.column]
+        if self.base is not None:
+            values = [self.base / x if isinstance(x, str) else x for x in values]
+        return [bytes_of(str(x) if isinstance(x, Path) else x) for x in values]
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """(B,) int64 targets."""
+        return self.table.labels(rows)
+
+    def name(self, row: int) -> str:
+        """How a person finds the image."""
+        return self.table.name(row)
+
+    def captions(self, rows: Sequence[int]) -> list[list[str]]:
+        """The captions of each row that are not empty."""
+        return [_texts(x) for x in self.texts[list(rows)][self.texts.column_names[0]]]
+
+
+def open_pairs(
+    path: str,
+    split: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+) -> PairTable:
+    """The captioned images of `split` at `path`; rows without a caption are left out, and counted in a warning.
+
+    Raises:
+        UserError: nothing is there, a column is missing, or no row has a caption.
+    """
+    local = Path(path).expanduser()
+    if files := _csv_files(local):
+        table = _from_csv(local, files, split, image_column, caption_column, label_column)
+        return PairTable(table, _all_columns(table).select_columns(["captions"]))
+    table = open_table(path, split, image_column, label_column)
+    column = _caption_column(_all_columns(table), table.column, caption_column, table.origin or path)
+    keep = _with_caption(_all_columns(table).with_format("arrow")[:][column])
+    if not keep:
+        raise UserError(f"{table.origin}: no row has a caption in column {column}: set caption_column")
+    if len(keep) < len(table):
+        log.warning("%s: left out %s of %s rows without a caption", path, len(table) - len(keep), len(table))
+        table = table.select(keep)
+    base = (local if local.is_dir() else local.parent) if local.exists() else None
+    return PairTable(table, _all_columns(table).select_columns([column]), base)
+
+
+def _csv_files(local: Path) -> list[Path]:
+    """`local` itself if it is a .csv or .tsv, or those in it unless there is parquet too."""
+    if local.is_file():
+        return [local] if local.suffix.lower() in _CSV else []
+    if not local.is_dir() or any(local.glob("*.parquet")) or any(local.glob("data/*.parquet")):
+        return []
+    return sorted(x for x in local.iterdir() if x.suffix.lower() in _CSV and not x.name.startswith("."))
+
+
+def _all_columns(table: Table) -> "datasets.Dataset":
+    if table.columns is None:
+        raise UserError(
+            f"{table.name(0)} and its like are files without captions: list them with their captions in a .csv file"
+        )
+    return table.columns
+
+
+def _caption_column(rows: "datasets.Dataset", image: str, given: str | None, origin: str) -> str:
+    import datasets
+
+    def is_text(feature: Any) -> bool:
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else feature)
+        return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+
+    texts = [name for name, feature in rows.features.items() if name != image and is_text(feature)]
+    if given is not None and given not in texts:
+        kind = "is no text" if given in rows.features else "is not there"
+        raise UserError(f"{origin}: column {given!r} {kind}; texts are in {', '.join(texts) or 'no column'}")
+    found = given or next((x for x in _CAPTION_NAMES if x in texts), texts[0] if len(texts) == 1 else None)
+    if found is None:
+        raise UserError(f"{origin} has no column of captions: set caption_column, to one of {', '.join(texts)}")
+    return found
+
+
+def _with_caption(values: Any) -> list[int]:
+    """Rows of an arrow column of texts, or of lists of texts, that hold one that is not empty."""
+    keep, row = [], 0
+    for chunk in values.chunks:
+        for value in chunk.to_pylist():
+            if _texts(value):
+                keep.append(row)
+            row += 1
+    return keep
+
+
+def _texts(value: str | list[str | None] | None) -> list[str]:
+    listed = [value] if isinstance(value, str) else value or []
+    return [text for text in listed if text and text.strip()]
+
+
+def _from_csv(
+    local: Path,
+    files: list[Path],
+    split: str,
+    image_column: str | None,
+    caption_column: str | None,
+    label_column: str | None,
+) -> Table:
+    """Images in the order in which they are first named, each with all captions beside it."""
+    from datasets import Dataset, Features, Value
+
+    splits: dict[str, list[Path]] = {}
+    for x in files:
+        stem = re.match(rf"(train|{'|'.join(HELD_OUT)})(?![a-z])", x.stem)
+        splits.setdefault(stem[1] if stem and x != local else "", []).append(x)
+    chosen, divide = choose(splits, split)
+    if len(chosen) > 1:
+        raise UserError(f"{local} holds {len(chosen)} tables, such as {chosen[0].name}: give the path of one")
+    file = chosen[0]
+    lines, heads = _read(file)
+    image = _named(file, heads, image_column, _PATH_NAMES, "image_column")
+    caption = _named(file, heads, caption_column, _CAPTION_NAMES, "caption_column")
+    label = next((x for x in ([label_column] if label_column else _LABEL_NAMES) if x in heads), None)
+    if label_column and label is None:
+        raise UserError(f"{file} has no column {label_column!r}: it has {', '.join(heads)}")
+    told = "split" if "split" in heads else None
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        entry = found.setdefault(line[image], {"captions": [], "label": None, "split": None})
+        entry["captions"] += _texts(line[caption])
+        if label is not None and line[label]:
+            entry["label"] = int(line[label]) if line[label].lstrip("-").isdigit() else line[label]
+        if told is not None:
+            entry["split"] = line[told]
+    names = [name for name, entry in found.items() if name and entry["captions"]]
+    if not names:
+        raise UserError(f"{file}: no line has both an image ({image}) and a caption ({caption})")
+    if len(names) < len(found):
+        log.warning("%s: left out %s of %s images without a caption", file, len(found) - len(names), len(found))
+    paths = [str(file.parent / Path(name).expanduser()) for name in names]
+    columns: dict[str, Any] = {"image": paths, "captions": [found[name]["captions"] for name in names]}
+    features = {"image": Value("string"), "captions": [Value("string")]}
+    labels = [found[name]["label"] for name in names]
+    if label is not None and any(x is not None for x in labels):
+        words = any(isinstance(x, str) for x in labels)
+        columns["label"] = [None if x is None else str(x) if words else x for x in labels]
+        features["label"] = Value("string" if words else "int64")
+    rows = Dataset.from_dict(columns, Features(features))
+    label = "label" if "label" in columns else None
+    known = sorted({x for x in columns.get("label", []) if x is not None})
+    table = table_of(rows, str(file), "image", label, lambda column: known, None)
+    table.origin = ""  # an image is named by its path
+    if not divide:
+        return table
+    told_of = [found[name]["split"] for name in names]
+    if {"train"} < set(told_of) <= {"train", *HELD_OUT}:
+        return table.select([i for i, x in enumerate(told_of) if (x != "train") == (split != "train")])
+    keep = share([zlib.crc32(name.encode()) for name in names], split)
+    if not keep:
+        raise UserError(f"{file} names a single image: it cannot be divided into train and test")
+    return table.select(keep)
+
+
+def _read(file: Path) -> tuple[list[dict[str, str]], list[str]]:
+    csv.field_size_limit(min(sys.maxsize, 1 << 30))
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            first = stream.readline()
+            separator = max(_SEPARATORS, key=first.count)
+            stream.seek(0)
+            reader = csv.DictReader(stream, delimiter=separator, restval="")
+            return [{k: v for k, v in line.items() if k is not None} for line in reader], list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} is no readable table ({error}): save it as UTF-8 text with a line of names") from None
+
+
+def _named(file: Path, heads: list[str], given: str | None, usual: Sequence[str], argument: str) -> str:
+    found = next((x for x in ([given] if given else usual) if x in heads), None)
+    if found is None:
+        wanted = f"no column {given!r}" if given else f"no column named {' or '.join(usual[:3])}"
+        raise UserError(f"{file} has {wanted}: set {argument} to one of {', '.join(heads) or 'none, it is empty'}")
+    return found
