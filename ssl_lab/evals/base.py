@@ -111,6 +111,7 @@ class Round:
         self.samples: dict[str, int] = {}  # rows handed out per split; the runner clears it between evaluators
         self.notes: list[str] = []  # what an evaluator left out, and why; the runner says and clears it
         self._cache: dict[tuple[Split, int | None], Features] = {}
+        self._cache_images: dict[tuple[Split, int | None], Features] = {}
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +130,14 @@ class Round:
         if (split, limit) not in self._cache:
             self._cache[split, limit] = self.extract(self.method.embed, split, limit)  # type: ignore[arg-type]
         found = self._cache[split, limit]
+        self.samples[split] = len(found.y)
+        return found
+
+    def image_embeddings(self, split: Split, limit: int | None = None) -> Features:
+        """The same of `embed_image`: images in the space that they share with texts."""
+        if (split, limit) not in self._cache_images:
+            self._cache_images[split, limit] = self.extract(self.method.embed_image, split, limit)  # type: ignore[arg-type]
+        found = self._cache_images[split, limit]
         self.samples[split] = len(found.y)
         return found
 
