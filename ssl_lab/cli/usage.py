@@ -14,6 +14,7 @@ VERBS = {
     "bench": "time training steps, alone or beside other libraries",
     "tokenizer": "train a tokenizer, and say how many bytes a token holds",
     "list": "experiments, methods, backbones and data sets to choose from",
+    "shards": "write a data set of images, with or without captions, as .tar shards",
     "doctor": "what this machine has: versions, devices, attention kernels, data, disk",
 }
 EXAMPLES = {
@@ -31,6 +32,7 @@ EXAMPLES = {
         "ssl-lab tokenizer data.path=/my/parquet data.column=[en,de] kind=wordpiece",
     ],
     "list": ["ssl-lab list", "ssl-lab list mae"],
+    "shards": ["ssl-lab shards data=folder data.path=/my/images out=/my/shards per_shard=5000"],
     "doctor": ["ssl-lab doctor", "ssl-lab doctor data.path=/my/images"],
 }
 
