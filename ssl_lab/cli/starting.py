@@ -1,6 +1,6 @@
 """The method of a run, with the architecture of the weights that it starts from, and the name of its beginning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,19 +34,32 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
 
 
 def decided_by_data(node: Any, data: DataModule) -> None:
-    """Fill in place what a method's configuration leaves to the data: `num_classes: 0`, and `vocab_size: 0` anywhere.
+    """Fill in place what a method's configuration leaves to the data.
+
+    `num_classes: 0`, `vocab_size: 0` anywhere, and `start_token: -1`: padding where there is such a token, as in T5.
 
     Raises:
         UserError: a vocabulary is asked for, but the data are no text.
     """
     if node.get("num_classes") == 0:
         node["num_classes"] = len(data.classes)
-    for part in [node, *(value for value in node.values() if hasattr(value, "values"))]:
+    for part in _nodes(node):
         if part.get("vocab_size") != 0:
             continue
         if data.tokenizer is None:
             raise UserError("this method reads text, and the data are none: choose e.g. data=captions or data=text")
         part["vocab_size"] = data.tokenizer.vocab_size
+    if node.get("start_token") == -1 and (tokenizer := data.tokenizer) is not None:
+        known = (x for x in (tokenizer.pad, tokenizer.bos, tokenizer.eos) if x is not None)
+        node["start_token"] = next(known, 0)
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    """A node and all nodes below it."""
+    yield node
+    for value in node.values():
+        if hasattr(value, "values"):
+            yield from _nodes(value)
 
 
 def beginning(node: DictConfig) -> str:
