@@ -177,7 +177,6 @@ def saved(facts, folder):
 @pytest.mark.parametrize(
     ("there", "changes", "words"),
     [
-        (GPT2, {"vocab_size": 40}, "method.decoder.vocab_size=37"),
         (GPT2, {"max_length": 32}, "method.decoder.max_length=64"),
         (LLAMA, {"num_kv_heads": 4, "base": 1e4}, "positions.base=50000.0 method.decoder.block.num_kv_heads=2"),
         (MISTRAL, {"window": None}, "method.decoder.window=4"),
@@ -196,6 +195,14 @@ def test_a_longer_context_is_no_other_architecture(tmp_path):
     longer = model(LLAMA | {"max_length": 256}, seed=1)
     text.load(longer, saved(LLAMA, tmp_path))
     assert longer.positions.max_length == 256
+
+
+@pytest.mark.parametrize(("facts", "part"), [(GPT2, "decoder"), (BERT, "encoder"), (T5, "model")])
+def test_another_vocabulary_asks_for_the_tokenizer(facts, part, tmp_path):
+    """Not an `OtherArchitecture`, which a run would adopt: its tokenizer would go on making other tokens."""
+    with pytest.raises(UserError, match=f"knows 37 tokens, this model 40: .*{part}.vocab_size=37") as error:
+        text.load(model(facts | {"vocab_size": 40}), saved(facts, tmp_path))
+    assert not isinstance(error.value, io.OtherArchitecture)
 
 
 def test_another_recipe_says_so(tmp_path):
@@ -219,7 +226,7 @@ def test_files_that_are_no_language_model(tmp_path):
         text.build(str(tmp_path / "bare.safetensors"))
     text.load(model(GPT2, seed=1), str(tmp_path / "bare.safetensors"))
     with pytest.raises(UserError, match=r"does not fit this model: .* choose another backbone"):
-        text.load(model(GPT2 | {"vocab_size": 40}), str(tmp_path / "bare.safetensors"))
+        text.load(model(GPT2 | {"hidden": 40}), str(tmp_path / "bare.safetensors"))
 
 
 SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}

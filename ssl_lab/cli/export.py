@@ -1,6 +1,7 @@
 """`ssl-lab export`: weights of a run for timm, Hugging Face or plain safetensors, compared before it says done."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ def run(cfg: DictConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         done = writers[cfg.to](method, Path(scratch), stats)
+        for file in (run_folder(path) or path.parent).glob("tokenizer*.json"):
+            shutil.copy(file, scratch)
         out.mkdir(exist_ok=True)
         names = sorted(os.listdir(scratch))
         for name in names:
@@ -84,10 +87,8 @@ def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
 
 
 def _backbone(method: nn.Module) -> nn.Module:
-    backbone = getattr(method, "encoder", method)
-    if not isinstance(backbone, nn.Module):
-        raise UserError(f"{type(method).__name__} has no encoder to export")
-    return backbone
+    parts = (getattr(method, name, None) for name in ("encoder", "decoder", "model"))
+    return next((part for part in parts if isinstance(part, nn.Module)), method)
 
 
 def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:

@@ -22,6 +22,7 @@ from ssl_lab.data.text_tables import CAPTIONS
 from ssl_lab.data.tokenizer_train import USUAL, Kind, train
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
+from ssl_lab.weights import gguf
 
 # Said beforehand, the library neither warns nor switches its threads off when loader workers are forked; the threads
 # are not there in a forked process, so that they must not be used in it.
@@ -149,11 +150,14 @@ class Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a folder that holds one, such as a run folder.
+    """The tokenizer of a tokenizer.json, of a folder that holds one, such as a run folder, or of `gguf:<file>`.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    kind, colon, name = str(path).partition(":")
+    if colon and kind == "gguf":
+        return _from_gguf(Path(name).expanduser())
     given = Path(path).expanduser()
     file = given / "tokenizer.json" if given.is_dir() else given
     if not given.exists():
@@ -166,6 +170,11 @@ def load(path: str | Path) -> Tokenizer:
         )
     stamps = tuple(x.stat().st_mtime_ns if x.is_file() else 0 for x in (file, _config(file)))
     return _load(file, stamps)
+
+
+@lru_cache(maxsize=2)
+def _from_gguf(file: Path) -> Tokenizer:
+    return Tokenizer(*gguf.tokenizer(file))
 
 
 @lru_cache(maxsize=8)

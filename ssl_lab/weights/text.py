@@ -58,12 +58,13 @@ def load(model: LanguageModel, spec: str) -> None:
     """Fill `model` with the weights named by `spec`, see `read`.
 
     Raises:
-        UserError: nothing there, another kind of model, or tensors that fit nowhere.
+        UserError: nothing there, another kind of model, another vocabulary, or tensors that fit nowhere.
         OtherArchitecture: another size or recipe; the message says what to set.
     """
     source = read(spec)
     _require_kind(model, source.facts, spec)
     here, there = facts_of(model), source.facts
+    _require_vocabulary(model, source.state, spec)
     if here and there and (wrong := _unlike(settings(here), settings(there), there["family"])):
         part = _PARTS[KINDS[there["family"]].__name__]
         told = "; ".join(f"{name} {io.word(new)} there, {io.word(old)} here" for name, (old, new) in wrong.items())
@@ -180,6 +181,17 @@ def _require_kind(model: nn.Module, facts: Facts, spec: str) -> None:
     if facts and not isinstance(model, KINDS[facts["family"]]):
         wanted, found = KINDS[facts["family"]].__name__, type(model).__name__
         raise UserError(f"{spec} holds a {facts['family']}, which is a {wanted}, not a {found}; choose such a backbone")
+
+
+def _require_vocabulary(model: LanguageModel, state: State, spec: str) -> None:
+    """Weights know the tokens of their own tokenizer and no others."""
+    embedding = state.get("embed.weight")
+    if embedding is not None and len(embedding) != model.vocab_size:
+        part = next(_PARTS[kind.__name__] for kind in KINDS.values() if isinstance(model, kind))
+        raise UserError(
+            f"{spec} knows {len(embedding)} tokens, this model {model.vocab_size}: take its tokenizer, "
+            f"data.tokenizer=<its tokenizer.json or gguf:file> (and method.{part}.vocab_size={len(embedding)})"
+        )
 
 
 def _unlike(here: Mapping[str, Any], there: Mapping[str, Any], family: str) -> dict[str, tuple[Any, Any]]:
