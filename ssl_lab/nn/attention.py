@@ -74,11 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
         heads = self._project(x, ctx)
-        q, k, v = heads.split(self._counts, 1) if isinstance(heads, Tensor) else heads
+        q, k, v = heads.split_with_sizes(self._counts, 1) if isinstance(heads, Tensor) else heads
         q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None and not self.cross:
             if isinstance(heads, Tensor) and not self.qk_norm:  # both in one go: fewer steps per token
-                q, k = rotate(heads[:, : -self.num_kv_heads], ctx.rope).split(self._counts[:2], 1)
+                q, k = rotate(heads[:, : -self.num_kv_heads], ctx.rope).split_with_sizes(self._counts[:2], 1)
             else:
                 q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None and not self.cross:
