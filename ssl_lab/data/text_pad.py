@@ -20,7 +20,7 @@ class PadSentences:
     """Sentences or pairs of them -> `tokens`, `types`, `valid` (B, L): [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
 
     Where the tokenizer has no such tokens, there is none before a sentence, and end-of-text after it. What is longer
-    than `max_length` loses its end, of a pair the longer sentence first (as BERT does). L is the longest of the batch
+    than `max_length` loses its end, of a pair the longer one first (as in transformers). L is the longest of the batch
     rounded up to a multiple of 8, or `max_length` if `fixed`. The targets come with the samples.
     """
 
@@ -115,15 +115,13 @@ def padded(rows: Sequence[Sequence[int]], value: int, length: int | None = None)
 
 
 def _shorten(parts: list[list[int]], room: int) -> None:
-    """Drop last tokens until one or two parts fit into `room`: token by token from the longer part, so the second's."""
+    """Drop last tokens until one or two parts fit into `room`: of the longer part, and of both once they are alike."""
     if sum(map(len, parts)) > room:
-        least = min(map(len, parts)) if len(parts) > 1 else 0
-        first = room - least if len(parts) == 1 or len(parts[0]) > least else least
-        if least > room // 2:
-            first = -(-room // 2)
-        del parts[0][max(first, 0) :]
-        for part in parts[1:]:
-            del part[max(room - first, 0) :]
+        short, long = min(parts, key=len), parts[0] if len(parts) == 1 or len(parts[0]) > len(parts[1]) else parts[1]
+        least = 0 if len(parts) == 1 else min(len(short), max(room, 0) // 2)
+        del long[max(room - least, 0) :]
+        if len(parts) == 2:
+            del short[least:]
 
 
 def _check_length(max_length: int) -> None:
