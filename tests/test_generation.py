@@ -65,8 +65,8 @@ def pair(family, dtype=torch.float64):
     else:
         width = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
         config = transformers.T5Config(**width, **(sizes | {"decoder_start_token_id": 0, "eos_token_id": 1}))
-    theirs = shaken(transformers.AutoModelForSeq2SeqLM.from_config(config) if family == "t5" else
-                    transformers.AutoModelForCausalLM.from_config(config), std=0.6 if family == "t5" else 0.3).to(dtype)  # fmt: skip
+    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    theirs = shaken(auto.from_config(config), std=0.6 if family == "t5" else 0.3).to(dtype)
     table = TABLES[family]
     facts = table.facts(theirs.config)
     ours = make(facts).to(dtype).eval()

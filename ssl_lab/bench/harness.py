@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench.step import TrainStep, dtypes, method_step
+from ssl_lab.generation.generate import generate
 from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.base import Method
 from ssl_lab.methods.causal_lm import CausalLM
@@ -29,20 +30,26 @@ from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch
 
 
-def make(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> "TrainStep | InferStep | None":
-    """One step of `family` (mae | dino | moco | vit | vit_infer | llama) as a call that gives its loss; None for any other.
+def make(
+    family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> "TrainStep | InferStep | GenerateStep | None":
+    """One step of a family as a call that gives its loss; None where there is none of ours.
 
     Args:
-        family: what to do; moco is MoCo v3, without the frozen patch projection, which other libraries train.
+        family: mae, dino, moco, vit, vit_infer, llama or llama_gen (a text, greedily); moco is MoCo v3, without the
+            frozen patch projection, which other libraries train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
             `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
             `out`, `T`; for vit and vit_infer `classes`;
-            for llama `dim`, `depth`, `heads`, `ffn`, `vocab`, `seq` in the place of the image sizes.
+            for llama `dim`, `depth`, `heads`, `ffn`, `vocab`, `seq` in the place of the image sizes, for llama_gen
+            `prompt` and `new` tokens in the place of `seq`.
         inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit; for dino lists `global` and `local` of
-            views, for moco a list `views`, for llama `ids` (B, L) int64.
+            views, for moco a list `views`, for llama and llama_gen `ids` (B, L) int64.
     """
-    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "llama"):
+    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "llama", "llama_gen"):
         return None
+    if family == "llama_gen":
+        return GenerateStep(llama(cfg, cfg["prompt"] + cfg["new"]), cfg, inputs["ids"])
     device, precision = torch.device(cfg["device"]), "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
     if family == "llama":
         ids = inputs["ids"]
@@ -109,3 +116,17 @@ class InferStep:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.method.classify(self.batch)
         return logits.float().mean()
+
+
+class GenerateStep:
+    """So many tokens after the prompts, greedily; gives 0. In bf16 the weights are, as in other libraries."""
+
+    def __init__(self, decoder: Decoder, cfg: Mapping[str, Any], prompts: Tensor) -> None:
+        dtype = torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32
+        self.decoder, self.prompts, self.new = decoder.to(cfg["device"], dtype).eval(), prompts, cfg["new"]
+        self.params = sum(p.numel() for p in decoder.parameters())
+
+    def __call__(self) -> Tensor:
+        out = generate(self.decoder, self.prompts, max_new_tokens=self.new)
+        assert out.shape[1] == self.new
+        return torch.zeros(())

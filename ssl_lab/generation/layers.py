@@ -1,9 +1,9 @@
 """The sublayers of plain decoder blocks as functions of few operations, for `Compact`.
 
-A matrix of 2^17 numbers or more is read by oneDNN in float32, which divides it over the threads, where MKL reads it
-with one. Root mean squares come from one norm: sqrt(sum x^2 + D eps) is the hypotenuse of |x| and sqrt(D eps).
+Root mean squares come from one norm: sqrt(sum x^2 + D eps) is the hypotenuse of |x| and sqrt(D eps).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Residual
 from ssl_lab.nn.ffn import GLU, MLP
-from ssl_lab.nn.linear import Linear
+from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.norm import RMSNorm
 from ssl_lab.nn.positions import Positions
 
@@ -101,36 +101,61 @@ def _map(module: nn.Linear) -> Map:
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Map:
-    """x (B, D) times weight (E, D) transposed."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**17 and _AVX512:
-        operator = torch.ops.mkldnn._linear_pointwise
-        return lambda x: operator(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+    """x (B, D) times weight (E, D) transposed.
 
+    One row on a CPU reads the whole matrix for few sums. In float32 MKL does that with one thread and oneDNN with much
+    fixed cost: as a batch of 8 slices times the row, the threads share it. In bf16 torch's own product has less fixed
+    cost than oneDNN, and is quicker for small matrices; torch takes it only while oneDNN is switched off.
+    """
+    kind, slices = weight.dtype, math.gcd(len(weight), 8)
+    if (
+        weight.device.type == "cpu"
+        and kind == torch.float32
+        and torch.backends.mkl.is_available()
+        and weight.is_contiguous()
+    ):
+        parts = weight.detach().view(slices, -1, weight.shape[1])
 
-_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        def sliced(x: Tensor) -> Tensor:
+            if len(x) > 1:
+                return linear(x, weight, bias)
+            out = torch.bmm(parts, x.expand(slices, 1, -1).transpose(1, 2)).view(1, -1)
+            return out if bias is None else out.add_(bias)
+
+        return sliced
+    if weight.device.type == "cpu" and kind == torch.bfloat16 and weight.numel() < 2**18:
+
+        def own(x: Tensor) -> Tensor:
+            if len(x) > 1:
+                return F.linear(x, weight, bias)
+            before = torch.backends.mkldnn.enabled
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            try:
+                return F.linear(x, weight, bias)
+            finally:
+                torch.backends.mkldnn.enabled = before
+
+        return own
+    return lambda x: linear(x, weight, bias)
 
 
 def norm_map(module: nn.Module) -> Map:
-    """Of a LayerNorm or RMSNorm."""
+    """Of a LayerNorm or RMSNorm: x (B, D) in float32 at least -> the dtype of the weights."""
     weight = module.weight
-    assert isinstance(weight, Tensor)
-    shape = list(weight.shape)
+    assert isinstance(weight, Tensor) and isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    kind, shape, wide = weight.dtype, list(weight.shape), torch.promote_types(weight.dtype, torch.float32)
+    gain, eps = weight.detach().to(wide), module.eps
     if isinstance(module, nn.LayerNorm):
-        bias, small = module.bias, module.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, small)
-    assert isinstance(module, nn.RMSNorm)
-    eps = module.eps
+        bias, small = None if module.bias is None else module.bias.detach().to(wide), module.eps
+        return lambda x: torch.layer_norm(x, shape, gain, bias, small).to(kind)
     if weight.device.type != "cpu":
-        return lambda x: F.rms_norm(x, shape, weight, eps)
-    wide, root = torch.promote_types(weight.dtype, torch.float32), weight.numel() ** 0.5
-    eps = torch.finfo(weight.dtype).eps if eps is None else eps
-    gain = weight.to(wide) * root
-    floor = torch.full((1, 1), eps**0.5 * root, dtype=wide)
+        return lambda x: F.rms_norm(x, shape, gain, eps).to(kind)
+    eps, root = torch.finfo(kind).eps if eps is None else eps, weight.numel() ** 0.5
+    gain, floor = gain * root, torch.full((1, 1), eps**0.5 * root, dtype=wide)
 
     def rms(x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)  # sqrt(D) times the root mean square
-        return (x / torch.hypot(length, floor)).mul_(gain).to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # sqrt(D) times the root mean square
+        return (x / torch.hypot(length, floor)).mul_(gain).to(kind)
 
     return rms
 
