@@ -13,7 +13,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI's approximation of GELU (CLIP, iGPT), as a SiLU: that has one kernel for its slope."""
+    """x * sigmoid(1.702 x), an approximation of GELU (CLIP, iGPT), as a SiLU: that has one kernel for its slope."""
     return F.silu(x * 1.702) * (1 / 1.702)
 
 
