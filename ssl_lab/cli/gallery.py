@@ -12,17 +12,20 @@ from ssl_lab.analysis.attention import attention_maps, heat
 from ssl_lab.analysis.embedding import Projection, projected, scatter, thumbnails
 from ssl_lab.analysis.neighbours import nearest, neighbour_grid
 from ssl_lab.analysis.page import Picture, write_page
+from ssl_lab.analysis.pairs import caption_grid, similarity_matrix
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Precision, Round, evaluating, moved
+from ssl_lab.evals.base import Precision, Round, Skip, evaluating, moved
 from ssl_lab.evals.features import Features
+from ssl_lab.evals.texts import captions_of, embed_texts, encoder_of
 from ssl_lab.pictures import save_png, side_by_side, unnormalize
-from ssl_lab.types import Embeds
+from ssl_lab.types import Embeds, EmbedsPairs
 
 _SHOWN, _NEIGHBOURS = 8, 8  # images with features, attention, neighbours; and neighbours of each
 _POINTS, _SMALL = 2000, 400  # test images on the map, and small images tried there
 _BANK = 2000  # rows to search where no evaluator asked for all of them
+_PAIRS = 10  # images with captions that are compared with each other
 
 
 class Gallery:
@@ -47,11 +50,43 @@ class Gallery:
         """
         pictures = []
         with evaluating(self.round.method), torch.no_grad():
-            for part in (self._neighbours, self._map, self._attention, self._features):
+            for part in (self._pairs, self._neighbours, self._map, self._attention, self._features):
                 for drawn, picture in part():
                     save_png(folder / picture.file, drawn)
                     pictures.append(picture)
         return write_page(folder, title, pictures, notes=self.notes, table=table)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Picture]]:
+        if not isinstance(self.round.method, EmbedsPairs):
+            return
+        try:
+            encode = encoder_of(self.round)
+            bank = self.round.image_embeddings("test", self.round.images_at_hand("test"))
+            some = bank.spread(_PAIRS)
+            captions = [x[0] for x in captions_of(self.round, some.index.tolist())]
+        except Skip as reason:
+            self.notes.append(f"No captions: {reason}.")
+            return
+        texts = embed_texts(self.round, captions, encode)
+        best = nearest(bank.x, texts, _NEIGHBOURS)
+        found = self._images("test", bank.index[best.flatten()]).unflatten(0, best.shape)
+        yield (
+            caption_grid(captions, found, bank.index[best] == some.index[:, None]),
+            Picture(
+                "captions.png",
+                "Best images for a caption",
+                f"First captions of test images and the nearest of {len(bank.y):,} test images, best first. Green: the "
+                "image that the caption was written for.",
+            ),
+        )
+        yield (
+            similarity_matrix(texts @ some.x.T, self._images("test", some.index), captions),
+            Picture(
+                "similarity.png",
+                "Captions and images",
+                "Cosine similarity of some captions with some images; framed where they belong together.",
+            ),
+        )
 
     def _neighbours(self) -> Iterator[tuple[Tensor, Picture]]:
         if not isinstance(self.round.method, Embeds):

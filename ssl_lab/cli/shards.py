@@ -2,12 +2,14 @@
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.status import Status
 
 from ssl_lab.cli.compose import build
 from ssl_lab.data.shards import CLASSES
@@ -46,12 +48,15 @@ def run(cfg: DictConfig) -> None:
         write_text(out / CLASSES, json.dumps(classes, ensure_ascii=False) + "\n")
     for split, source in sources.items():
         with console.status(split) as status:
-            done = write_shards(
-                source, out, split, cfg.per_shard, lambda n, s=split: status.update(f"{s} {n:,} of {rows[s]:,}")
-            )
+            say = partial(_say, status, split, rows[split])
+            done = write_shards(source, out, split, cfg.per_shard, say)
         told = f"{done.records:,} records in {done.shards:,} shards"
         told += f", {done.kept:,} of them there before" if done.kept else ""
         told += f", {done.unreadable:,} unreadable images left out" if done.unreadable else ""
         console.print(f"{split:<10} {told}", soft_wrap=True)
     kind = "shards" if hasattr(next(iter(sources.values())), "captions") else "image_shards"
     console.print(f"{'read with':<10} data={kind} data.path={out}", soft_wrap=True)
+
+
+def _say(status: Status, split: str, total: int, done: int) -> None:
+    status.update(f"{split} {done:,} of {total:,}")

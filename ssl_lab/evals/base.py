@@ -146,6 +146,11 @@ class Round:
         known = [n for s, n in self._cache if s == split and (n is None or n >= limit)]
         return self.features(split, limit if not known else None if None in known else max(n for n in known if n))
 
+    def images_at_hand(self, split: Split) -> int | None:
+        """The limit of the most image embeddings of a split that somebody asked for; None = all, if nobody did too."""
+        known = [n for s, n in self._cache_images if s == split]
+        return None if not known or None in known else max(n for n in known if n)
+
     def labelled(self, split: Split, limit: int | None = None) -> Features:
         """The rows of `features` that have a class, on the method's device.
 

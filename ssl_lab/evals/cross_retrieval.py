@@ -99,7 +99,7 @@ def first_ranks(images: Tensor, texts: Tensor, text: Tensor, image: Tensor) -> d
         image: to these images (P,) int64; every image and every text is among them.
 
     Returns:
-        `image` (T,) int64: of the best right image of each text; `text` (I,) int64: of the best right text of each image.
+        `image` (T,) int64: of each text's best right image; `text` (I,) int64: of each image's best right text.
     """
     images, texts = F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
     text, image = text.to(images.device), image.to(images.device)
