@@ -209,7 +209,7 @@ def _facts(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         "patch_size": patch.shape[-1],
         "in_chans": patch.shape[1],
-        "mlp_ratio": _ratio(hidden.shape[0], hidden.shape[1]),
+        "mlp_ratio": ratio(hidden.shape[0], hidden.shape[1]),
         "cls_token": "cls_token" in state,
         "num_registers": 0 if registers is None else registers.shape[1],
         "layer_scale": "blocks.0.attn.layer_scale.gamma" in state,
@@ -241,7 +241,7 @@ def word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _ratio(hidden: int, dim: int) -> float:
+def ratio(hidden: int, dim: int) -> float:
     """`hidden / dim`, such that int(dim * ratio) is `hidden` again: that is how every library uses it."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
