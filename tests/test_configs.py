@@ -27,6 +27,26 @@ def choosing(group, choice):
     return [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}", *([PATH] if group == "data" else [])]
 
 
+READERS = {  # of what neither images give nor a method chooses by itself
+    ("views", "mask_pairs"): "masked_lm",
+    **{("data", name): "masked_lm" for name in ("text", "tinyshakespeare", "passages")},
+    **{("data", name): method for name, method in [("sst2", "text_classification"), ("multi30k", "seq2seq")]},
+    ("data", "xquad"): "span_qa",
+}
+FAMILIES = {"gpt": "causal_lm", "llama": "causal_lm", "transformer": "seq2seq", "t5": "seq2seq", "bert": "masked_lm"}
+
+
+def method_for(group, choice):
+    """The words that choose a method that reads what the choice gives: one that chooses it itself, or one of images."""
+    if group == "method":
+        return []
+    if group == "backbone":
+        return [f"method={next((m for name, m in FAMILIES.items() if choice.startswith(name)), 'supervised')}"]
+    mount = f"data@_global_.data: {choice}\n" if group == "data" else f"data.views: {choice}\n"
+    choosing = [m for m in METHODS if mount in (CONF / f"method/{m}.yaml").read_text()]
+    return [f"method={READERS.get((group, choice), choosing[0] if choosing else 'supervised')}"]
+
+
 def each_choice():
     """(group, choice) of every YAML in a group that can be chosen beside a method."""
     for group in [*catalog.root("train").groups, "backbone", "views"]:
@@ -37,9 +57,10 @@ def each_choice():
 
 def build_on_meta(node):
     """The object without memory for its weights; a classifier's classes come from the data set otherwise."""
-    classes = {"num_classes": 10} if "num_classes" in inspect.signature(get_object(node._target_)).parameters else {}
+    parameters = inspect.signature(get_object(node._target_)).parameters
+    from_data = {name: 10 for name in ("num_classes", "start_token") if name in parameters}
     with torch.device("meta"):
-        return build(node, **classes)
+        return build(node, **from_data)
 
 
 def test_there_is_something_to_test():
@@ -62,13 +83,13 @@ def test_method_builds(name):
 
 @pytest.mark.parametrize("name", catalog.choices("backbone", [CONF]))
 def test_backbone_builds(name):
-    assert build_on_meta(composed("method=supervised", f"backbone={name}").method.encoder).dim > 0
+    method = composed(*method_for("backbone", name), f"backbone={name}").method
+    assert build_on_meta(method[next(part for part in ("encoder", "decoder", "model") if part in method)]).dim > 0
 
 
 @pytest.mark.parametrize(("group", "choice"), list(each_choice()))
 def test_every_key_is_an_argument_of_its_target(group, choice):
-    method = [] if group == "method" else ["method=supervised"]
-    cfg = composed(*method, *choosing(group, choice))
+    cfg = composed(*method_for(group, choice), *choosing(group, choice))
     for path, node in targets(cfg):
         target = get_object(node["_target_"])
         if target.__module__ == "datetime":  # written in C, tells no signature
@@ -85,8 +106,11 @@ def test_bench_takes_every_experiment(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluate_takes_the_groups_of_a_method(name):
-    cfg = composed(f"method={name}", "data=shapes", "backbone=vit_ti4", "eval=[knn]", verb="evaluate")
+    reads_images = composed(f"method={name}").data.get("path") != "captions"
+    more = ["data=shapes", "backbone=vit_ti4"] if reads_images else []
+    cfg = composed(f"method={name}", *more, "eval=[knn]", verb="evaluate")
     assert list(cfg.eval) == ["knn"]
+    assert cfg.data._target_ == "ssl_lab.data.module.DataModule"
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "export", "doctor"])

@@ -18,7 +18,10 @@ from ssl_lab.types import Batch, Embeds
 
 METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").glob("*.yaml"))
 # A gain of 1e-5 opens over thousands of steps; these tests have dozens.
-SMALL = {"layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32}
+SMALL = {
+    "layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32,
+    "vocab_size": 64, "max_length": 16, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
+}  # fmt: skip
 
 
 def shrink(node: Any) -> Any:
@@ -31,20 +34,37 @@ def shrink(node: Any) -> Any:
 
 
 def build(name: str, seed: int = 0) -> Method:
-    cfg = compose("train", [f"method={name}", "data=shapes"], [conf_folder()])
+    cfg = compose("train", [f"method={name}"], [conf_folder()])  # with the data that it chooses itself
     small = shrink(OmegaConf.to_container(cfg.method, resolve=True))
-    if "num_classes" in small:
-        small["num_classes"] = 4
     torch.manual_seed(seed)
     return instantiate(small)
 
 
+def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
+    """Rows of unequal length in two parts; a row of class c holds many tokens c + 1, and its answer begins at c + 1."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(8, vocab_size, (2, size, length), generator=generator)
+    target = torch.arange(size) % 4
+    tokens = torch.where(torch.rand(size, length, generator=generator) < 0.3, target[:, None] + 1, tokens)
+    at = torch.arange(length).expand(size, length)
+    valid = at < length - torch.arange(size)[:, None] % 5
+    second = (at >= length // 2).long()
+    return Batch(
+        tokens=tokens.where(valid, 0),
+        labels=labels.where(valid, -100),
+        valid=valid,
+        types=second,
+        span=torch.stack([target + 1, target + 2], 1),
+    )
+
+
 def batch(size: int = 8) -> Batch:
+    """What every method finds something in: images, views and texts."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(size, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     image = image + 0.1 * torch.randn(size, 3, 32, 32, generator=generator)
     views = [image + 0.1 * torch.randn(image.shape, generator=generator) for _ in range(2)]
-    return Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size))
+    return Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size)) | text(size)
 
 
 @pytest.fixture(params=METHODS)

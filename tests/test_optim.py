@@ -55,6 +55,17 @@ def test_all_decays_and_the_patch_projection_has_a_rate_of_its_own():
     assert rates[vit.cls_token] == rates[vit.norm.weight] == 1.0
 
 
+def test_linear_and_inverse_sqrt():
+    line = Optim(lr=2.0, min_lr=0.5, schedule="linear", warmup=0.2)
+    assert [line.lr_factor(p) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.625, 0.25])
+    steps, warmup, dim = 1000, 100, 64  # arXiv:1706.03762, equation 3
+    paper = [dim**-0.5 * min(n**-0.5, n * warmup**-1.5) for n in range(1, steps + 1)]
+    ours = Optim(lr=(dim * warmup) ** -0.5, schedule="inverse_sqrt", warmup=warmup / steps)
+    assert [ours.lr * ours.lr_factor(n / steps) for n in range(1, steps + 1)] == pytest.approx(paper)
+    with pytest.raises(UserError, match="optim.warmup above 0"):
+        Optim(schedule="inverse_sqrt", warmup=0.0)
+
+
 def test_step_schedule_of_moco():
     optim = Optim(schedule="step", warmup=0.0)
     assert [optim.lr_factor(e / 200) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import METHODS, SMALL, build
+from test_methods import METHODS, SMALL, build, text
 from timm.layers import DropPath
 from torch import nn
 from training import _processes
@@ -34,17 +34,17 @@ def made(name: str) -> Method:
 def joined() -> Batch:
     g = torch.Generator().manual_seed(2)
     images = [torch.randn(SIZE, 3, SMALL["size"], SMALL["size"], generator=g, dtype=torch.float64) for _ in range(3)]
-    return Batch(image=images[0], views=images[1:], target=torch.arange(SIZE) % 4, index=torch.arange(SIZE))
+    batch = Batch(image=images[0], views=images[1:], target=torch.arange(SIZE) % 4, index=torch.arange(SIZE))
+    texts = text(SIZE)
+    texts["labels"][SIZE // 2 :, ::2] = -100  # the second rank has fewer tokens to score
+    return batch | texts
 
 
 def share(rows: slice) -> Batch:
-    batch = joined()
-    return Batch(
-        image=batch["image"][rows],
-        views=[view[rows] for view in batch["views"]],
-        target=batch["target"][rows],
-        index=batch["index"][rows],
-    )
+    return {
+        key: [view[rows] for view in value] if isinstance(value, list) else value[rows]
+        for key, value in joined().items()
+    }
 
 
 def fixed_loss(method: Method, rows: slice) -> torch.Tensor:

@@ -11,8 +11,14 @@ from ssl_lab.nn.linear import linear
 IGNORE = -100  # the label of a position that is not scored
 
 
+def nll(logits: Tensor, wanted: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Logits (M, V) and classes (M,) -> negative log likelihood in nats (M,), float32 at least; 0 for class -100."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, wanted, reduction="none", label_smoothing=label_smoothing)
+
+
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Negative log likelihood in nats (B, L) float32 of `labels` (B, L), 0 where they are -100.
+    """Negative log likelihood in nats (B, L), float32 at least, of `labels` (B, L), 0 where they are -100.
 
     Only scored positions go through the output layer.
 
@@ -25,14 +31,14 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing
     scored = labels != IGNORE
     whole = bool(scored.all())
     rows, wanted = (hidden.flatten(0, 1), labels.flatten()) if whole else (hidden[scored], labels[scored])
-    nll = F.cross_entropy(linear(rows, weight).float(), wanted, reduction="none", label_smoothing=label_smoothing)
+    found = nll(linear(rows, weight), wanted, label_smoothing=label_smoothing)
     if whole:
-        return nll.unflatten(0, labels.shape)
-    return nll.new_zeros(labels.shape).masked_scatter(scored, nll)
+        return found.unflatten(0, labels.shape)
+    return found.new_zeros(labels.shape).masked_scatter(scored, found)
 
 
 def mean_over_tokens(nll: Tensor, labels: Tensor) -> Tensor:
-    """Mean of `nll` (B, L) over the scored tokens of all ranks.
+    """Mean of `nll`, of any shape, over the scored ones among `labels` (B, L) or (B,) of all ranks.
 
     Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those
     of one process.

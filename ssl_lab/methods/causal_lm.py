@@ -1,24 +1,29 @@
 """Causal language modelling (GPT, Radford et al., 2018): predict every next token of packed documents."""
 
-import torch
 from torch import Tensor
 
 from ssl_lab.backbones.decoder import Decoder
-from ssl_lab.losses.lm import IGNORE, mean_over_tokens, token_nll
+from ssl_lab.backbones.read import read, text_features
+from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
-from ssl_lab.types import Batch, Step
+from ssl_lab.types import Batch, Pooling, Step
 
 
 class CausalLM(Method):
     """Mean cross-entropy of the next token.
 
+    Tokens may be the colours of an image in raster order (iGPT, Chen et al., 2020), see `ssl_lab.data.pixels`.
+
     Args:
         decoder: the language model.
+        pooling: features for evaluation, "mean" or "last" token.
+        layer: block whose output they are pooled from, negative = from the end; None = the normed output. Of iGPT a
+            middle one is best.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, pooling: Pooling = "mean", layer: int | None = None) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.pooling, self.layer = decoder, pooling, layer
 
     def step(self, batch: Batch, progress: float) -> Step:
         nll = self.nll(batch)
@@ -26,7 +31,12 @@ class CausalLM(Method):
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L) float32 of every label, 0 where none is scored."""
-        return token_nll(self._encode(batch), self.decoder.head_weight, batch["labels"])
+        return token_nll(read(self.decoder, batch).tokens, self.decoder.head_weight, batch["labels"])
 
-    def _encode(self, batch: Batch) -> Tensor:
-        return self.decoder(batch["tokens"], valid=batch.get("valid"), segments=batch.get("segments")).tokens
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, D) features of the whole row."""
+        if self.layer is None:
+            return text_features(self.decoder, batch, self.pooling)
+        encoded = read(self.decoder, batch, layers=[self.layer])
+        encoded.tokens = encoded.hidden[self.layer]
+        return encoded.pooled(self.pooling)

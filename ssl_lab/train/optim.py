@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ssl_lab.errors import UserError
-from ssl_lab.schedules import Cosine, Schedule, as_schedule
+from ssl_lab.schedules import Cosine, Linear, Schedule, as_schedule
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -24,14 +24,15 @@ class Optim:
         lr: peak learning rate, before scaling.
         scale_lr: "linear" multiplies by global batch / 256, "sqrt" by its root, "none" leaves it.
         warmup: share of training in which the rate rises linearly from 0.
-        min_lr: rate at the end of the cosine, before scaling.
+        min_lr: rate at the end of the cosine or the line, before scaling.
         betas: of AdamW; the first is the momentum of the others.
         eps: of AdamW.
         weight_decay: a number or a schedule of progress.
         decay: what decays, "matrices" (not biases and other parameters of one dimension) or "all".
         layer_decay: rate factor per layer below the head (BEiT, arXiv:2106.08254).
         patch_lr: rate factor of the patch projection (DINOv2 takes 0.2).
-        schedule: after the warm-up "cosine" to `min_lr`, "constant", or "step": a tenth at 60 % and again at 80 %.
+        schedule: after the warm-up "cosine" or "linear" to `min_lr`, "constant", "step": a tenth at 60 % and again at
+            80 %, or "inverse_sqrt": sqrt(warmup / progress) (arXiv:1706.03762, section 5.3).
     """
 
     name: Literal["adamw", "sgd", "lars", "muon", "larc"] = "adamw"
@@ -45,13 +46,15 @@ class Optim:
     decay: Literal["matrices", "all"] = "matrices"
     layer_decay: float | None = None
     patch_lr: float = 1.0
-    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "step", "inverse_sqrt"] = "cosine"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd", "lars", "muon", "larc"):
             raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon, larc")
         if self.lr <= 0:
             raise UserError(f"optim.lr={self.lr} would teach nothing: give a rate above 0")
+        if self.schedule == "inverse_sqrt" and self.warmup <= 0:
+            raise UserError("optim.schedule=inverse_sqrt falls from the end of the warm-up: set optim.warmup above 0")
         self._weight_decay = as_schedule(self.weight_decay)
 
     def peak_lr(self, samples_per_step: int) -> float:
@@ -67,7 +70,10 @@ class Optim:
             return 1.0
         if self.schedule == "step":
             return 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
-        return Cosine(1.0, self.min_lr / self.lr)((progress - self.warmup) / max(1e-12, 1 - self.warmup))
+        if self.schedule == "inverse_sqrt":
+            return (self.warmup / progress) ** 0.5
+        curve = Linear if self.schedule == "linear" else Cosine
+        return curve(1.0, self.min_lr / self.lr)((progress - self.warmup) / max(1e-12, 1 - self.warmup))
 
     def build(self, named: Named, samples_per_step: int) -> torch.optim.Optimizer:
         """The optimizer over the parameters that require a gradient; `update` sets its rates before every step."""
@@ -131,7 +137,7 @@ def _layer(name: str, depth: int) -> int:
     block = _block(name)
     if block >= 0:
         return block + 1
-    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "token_embed")
+    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm")
     # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
     return 0 if name == "mask_token" or any(part in stem for part in name.split(".")) else depth + 1
 
