@@ -1,5 +1,6 @@
 """The text encoder: BERT, CLIP's text tower and T5's encoder are recipes of its blocks, positions and norm."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +30,8 @@ class TextEncoder(Transformer):
         causal: a position sees itself and earlier ones (CLIP).
         dropout: of the embedded tokens.
         block: recipe of a block, called with (dim, num_heads, layer=).
-        norm: of the embedded tokens where the blocks are post-norm (BERT), else of the output.
+        norm: of the embedded tokens where the blocks are post-norm (BERT), else of the output; by default a LayerNorm
+            with the epsilon of BERT there, 1e-12, and of CLIP here, 1e-5.
         weights: start from these, see `ssl_lab.weights.text.load`.
     """
 
@@ -46,16 +48,16 @@ class TextEncoder(Transformer):
         causal: bool = False,
         dropout: float = 0.0,
         block: Callable[..., Block] = bert_block,
-        norm: NormType = layer_norm,
+        norm: NormType | None = None,
         weights: str | None = None,
     ) -> None:
-        super().__init__(lambda layer: block(dim, num_heads, layer=layer), depth, dim, norm=norm)
+        super().__init__(lambda layer: block(dim, num_heads, layer=layer), depth, dim, norm=norm or layer_norm)
         self.dim, self.vocab_size, self.causal = dim, vocab_size, causal
         self.embed, self.positions = nn.Embedding(vocab_size, dim), positions(dim, num_heads, max_length)
         self.types = nn.Embedding(num_types, dim) if num_types else None
         self.embed_norm: nn.Module = nn.Identity()
         if post_norm(self):
-            self.embed_norm, self.norm = self.norm, nn.Identity()
+            self.embed_norm, self.norm = (norm or functools.partial(layer_norm, eps=1e-12))(dim), nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.pretrained = weights is not None
         self.init_weights()

@@ -11,17 +11,25 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.data import tokenizer
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE
 from ssl_lab.methods.supervised import Supervised
+from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
 from ssl_lab.train import checkpoint
-from ssl_lab.weights import export, io
+from ssl_lab.types import EmbedsPairs
+from ssl_lab.weights import export, io, pairs_export, text_export
 from ssl_lab.weights.export import Exported, Stats
+from ssl_lab.weights.families import LanguageModel
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_mae, hf_vit
+
+
+Writer = Callable[[nn.Module, Path, Stats | None], Exported]
 
 
 def run(cfg: DictConfig) -> None:
@@ -30,8 +38,7 @@ def run(cfg: DictConfig) -> None:
     Raises:
         UserError: nothing to read, an unknown `to`, an architecture that the library lacks, or features that differ.
     """
-    writers: dict[str, Callable[[nn.Module, Path, Stats | None], Exported]]
-    writers = {"timm": _timm, "hf": _hf, "safetensors": _safetensors}
+    writers: dict[str, Writer] = {"timm": _timm, "hf": _hf, "safetensors": _safetensors, "open_clip": _open_clip}
     if cfg.to not in writers:
         raise UserError(f"to={cfg.to}: choose one of {', '.join(writers)}")
     path = Path(str(cfg.ckpt))
@@ -39,6 +46,8 @@ def run(cfg: DictConfig) -> None:
     if out.is_file() or out.suffix == ".safetensors":
         raise UserError(f"out={out} must be a folder; the files inside have the names that the library expects")
     method, stats = _read(path, list(cfg.trust))
+    if isinstance(method, EmbedsPairs):
+        writers |= _of_pairs(run_folder(path))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         done = writers[cfg.to](method, Path(scratch), stats)
@@ -53,7 +62,7 @@ def run(cfg: DictConfig) -> None:
         f"opened again with {done.library}: largest difference {done.difference:.1e} in values up to {done.scale:.1f}"
     )
     print(f"open it with {done.opened_by.format(out)}")
-    if stats is None and cfg.to != "safetensors":
+    if stats is None and cfg.to != "safetensors" and not isinstance(_backbone(method), LanguageModel):
         print("how its images were normalised is not known here: normalise them as in training")
 
 
@@ -103,7 +112,30 @@ def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
 def _hf(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
     if isinstance(method, MAE):
         return _mae_to_hf(method, folder, stats)
-    return export.to_hf(_backbone(method), folder, stats=stats)
+    backbone = _backbone(method)
+    if isinstance(backbone, TextEncoder):
+        return text_export.to_hf(backbone, folder, heads=_heads(method))
+    return export.to_hf(backbone, folder, stats=stats)
+
+
+def _heads(method: nn.Module) -> list[MaskedLMHead | PoolerHead]:
+    """Those of a BERT; a classifier alone only if it sees the class token, as theirs."""
+    found = [part for part in method.children() if isinstance(part, MaskedLMHead | PoolerHead)]
+    alone = len(found) == 1 and isinstance(found[0], PoolerHead)
+    return [] if alone and getattr(method, "pooling", None) not in (None, "cls") else found
+
+
+def _open_clip(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+    raise UserError("open_clip holds images and text together: to=open_clip needs a run of CLIP; use to=timm")
+
+
+def _of_pairs(run: Path | None) -> dict[str, Writer]:
+    """Writers of both towers; the tokenizer of the run says which token ends a caption."""
+    eos = tokenizer.load(run).eos if run is not None and (run / "tokenizer.json").is_file() else None
+    return {
+        "hf": lambda method, folder, stats: pairs_export.to_hf(method, folder, stats=stats, eos=eos),
+        "open_clip": lambda method, folder, stats: pairs_export.to_open_clip(method, folder, stats=stats, eos=eos),
+    }
 
 
 def _safetensors(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:

@@ -140,8 +140,9 @@ class Training:
         missing = {k: e for k, e in self.evaluators.items() if (k, json.dumps(e.protocol)) not in known}
         self._judge(missing, self.steps, "trained", self.method)
         self.pictures.show(self.method, self.steps)
-        network = getattr(self.method, "encoder", getattr(self.method, "decoder", None))
-        if self.first and isinstance(network, nn.Module):
+        parts = (getattr(self.method, name, None) for name in ("encoder", "decoder", "model"))
+        network = next((part for part in parts if isinstance(part, nn.Module)), None)
+        if self.first and network is not None:
             io.save(network, self.out / "last.safetensors")
         self.loggers.close()
         self.say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
