@@ -93,6 +93,21 @@ def test_a_folder_for_transformers_and_back(facts, tmp_path):
     assert same(other, ours)
 
 
+def test_generation_goes_by_our_special_tokens(tmp_path):
+    """transformers' defaults (2 ends a LLaMA's text) mean other tokens here."""
+    transformers = pytest.importorskip("transformers")
+    for name, facts, special in (
+        ("llama", LLAMA, {}),
+        ("gpt2", GPT2, {"eos": 5}),
+        ("t5", T5, {"pad": 3, "decoder_start": 3, "eos": 4}),
+    ):
+        text_export.to_hf(model(facts), tmp_path / name, special=special)
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
+        for role in ("pad", "bos", "eos"):
+            assert getattr(config, f"{role}_token_id") == special.get(role), (name, role)
+    assert config.decoder_start_token_id == 3
+
+
 def test_a_comparison_fails_for_other_weights(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     original = text_export._state

@@ -1,5 +1,6 @@
 """`ssl-lab export`: weights of a run for timm, Hugging Face or plain safetensors, compared before it says done."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -11,7 +12,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
 from ssl_lab.data import tokenizer
@@ -28,7 +28,6 @@ from ssl_lab.weights.families import LanguageModel
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_mae, hf_vit
 
-
 Writer = Callable[[nn.Module, Path, Stats | None], Exported]
 
 
@@ -38,7 +37,12 @@ def run(cfg: DictConfig) -> None:
     Raises:
         UserError: nothing to read, an unknown `to`, an architecture that the library lacks, or features that differ.
     """
-    writers: dict[str, Writer] = {"timm": _timm, "hf": _hf, "safetensors": _safetensors, "open_clip": _open_clip}
+    writers: dict[str, Writer] = {
+        "timm": _timm,
+        "hf": functools.partial(_hf, run=run_folder(Path(str(cfg.ckpt)))),
+        "safetensors": _safetensors,
+        "open_clip": _open_clip,
+    }
     if cfg.to not in writers:
         raise UserError(f"to={cfg.to}: choose one of {', '.join(writers)}")
     path = Path(str(cfg.ckpt))
@@ -109,12 +113,16 @@ def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
     return export.to_timm(backbone, folder, stats=stats, head=head)
 
 
-def _hf(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+def _hf(method: nn.Module, folder: Path, stats: Stats | None, *, run: Path | None) -> Exported:
     if isinstance(method, MAE):
         return _mae_to_hf(method, folder, stats)
     backbone = _backbone(method)
-    if isinstance(backbone, TextEncoder):
-        return text_export.to_hf(backbone, folder, heads=_heads(method))
+    if isinstance(backbone, LanguageModel):
+        special = {"decoder_start": getattr(method, "start_token", None)}
+        if run is not None and (run / "tokenizer.json").is_file():
+            tokens = tokenizer.load(run)
+            special |= {"pad": tokens.pad, "bos": tokens.bos, "eos": tokens.eos}
+        return text_export.to_hf(backbone, folder, heads=_heads(method), special=special)
     return export.to_hf(backbone, folder, stats=stats)
 
 

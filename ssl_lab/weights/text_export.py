@@ -1,7 +1,7 @@
 """A language model as a folder that transformers opens: written, opened again by that library, and compared."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ _BERTS = {
 }
 
 
-def to_hf(model: LanguageModel, folder: Path, *, heads: Sequence[Head] = ()) -> Exported:
+def to_hf(
+    model: LanguageModel, folder: Path, *, heads: Sequence[Head] = (), special: Mapping[str, int | None] | None = None
+) -> Exported:
     """Write `config.json` and `model.safetensors` for `from_pretrained`: what `hf:<folder>` reads.
 
     Args:
         model: a GPT-2, LLaMA or Mistral, BERT or T5 of ours.
         folder: exists and is empty.
         heads: of a BERT: masked tokens, classes, or both (then classes are next sentence).
+        special: ids that `generate` needs: `pad`, `bos`, `eos`, and `decoder_start` of a T5; those left out are unset,
+            for transformers' own belong to another vocabulary.
 
     Raises:
         UserError: an architecture without a counterpart, transformers missing, or outputs that differ.
@@ -48,7 +52,8 @@ def to_hf(model: LanguageModel, folder: Path, *, heads: Sequence[Head] = ()) -> 
     table, name = TABLES[facts["family"]], _class_name(facts, heads)
     extra: dict[str, Any] = {"add_pooling_layer": False} if name == "BertModel" else {}
     config: Any = getattr(transformers, f"{_CONFIGS.get(facts['family'], _llama(facts))}Config")
-    theirs = getattr(transformers, name)(config(**table.arguments(facts), **_classes(heads)), **extra)
+    known = {f"{role}_token_id": (special or {}).get(role) for role in ("pad", "bos", "eos", "decoder_start")}
+    theirs = getattr(transformers, name)(config(**table.arguments(facts), **_classes(heads), **known), **extra)
     _fill(theirs, _state(model, facts, heads), facts.get("tied", True))
     with quiet():
         theirs.save_pretrained(folder)

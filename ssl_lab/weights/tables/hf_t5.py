@@ -87,5 +87,4 @@ def arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
         "relative_attention_max_distance": facts["max_distance"],
         "layer_norm_epsilon": facts["eps"],
         "tie_word_embeddings": facts["scaled"] == "head",
-        "decoder_start_token_id": 0,
     }
