@@ -173,12 +173,15 @@ class Transformer(nn.Module):
         return x if rows is None else take(x, rows), hidden
 
 
+_layer_norm: NormType = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
 def encoder_block(
     dim: int,
     num_heads: int,
     *,
     mlp_ratio: float = 4.0,
-    norm: NormType = functools.partial(nn.LayerNorm, eps=1e-6),
+    norm: NormType = _layer_norm,
     qk_norm: NormType | None = None,
     layer_scale: float | None = None,
     act: Activation = "gelu",

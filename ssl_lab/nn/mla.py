@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssl_lab.nn.attend import KernelName, attend
 from ssl_lab.nn.linear import Linear
+from ssl_lab.nn.norm import RMSNorm
 from ssl_lab.nn.rope import rotate
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class MLA(nn.Module):
             self.q: nn.Module = Linear(dim, num_heads * width, bias=False)
         else:
             self.q = nn.Sequential(
-                Linear(dim, q_rank, bias=False), nn.RMSNorm(q_rank, eps), Linear(q_rank, num_heads * width, bias=False)
+                Linear(dim, q_rank, bias=False), RMSNorm(q_rank, eps=eps), Linear(q_rank, num_heads * width, bias=False)
             )
-        self.kv_down, self.kv_norm = Linear(dim, kv_rank + rope_dim, bias=False), nn.RMSNorm(kv_rank, eps)
+        self.kv_down, self.kv_norm = Linear(dim, kv_rank + rope_dim, bias=False), RMSNorm(kv_rank, eps=eps)
         self.kv_up = Linear(kv_rank, num_heads * (nope_dim + v_dim), bias=False)
         self.proj = Linear(num_heads * v_dim, dim, bias=False)
         self.num_heads, self.kv_rank, self.v_dim = num_heads, kv_rank, v_dim

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
 from ssl_lab.nn.bias import RelativeBias, alibi_bias
-from ssl_lab.nn.rope import Rope, rope_1d
+from ssl_lab.nn.rope import Rope, Scaling, rope_1d
 
 
 class Positions(nn.Module):
@@ -88,17 +88,25 @@ class Rotary(Positions):
         max_length: positions that exist.
         base: theta of the slowest wave.
         head_dim: width that is rotated; dim // num_heads by default.
+        scaling: stretches a trained table to longer texts, see `ssl_lab.nn.rope.YaRN` and its kin.
     """
 
     cos: Tensor
     sin: Tensor
 
     def __init__(
-        self, dim: int, num_heads: int, max_length: int, *, base: float = 10000.0, head_dim: int | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        max_length: int,
+        *,
+        base: float = 10000.0,
+        head_dim: int | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__(dim, num_heads, max_length)
-        self.base, self.head_dim = base, head_dim or dim // num_heads
-        cos, sin = rope_1d(torch.arange(max_length), self.head_dim, base=base)
+        self.base, self.head_dim, self.scaling = base, head_dim or dim // num_heads, scaling
+        cos, sin = rope_1d(torch.arange(max_length), self.head_dim, base=base, scaling=scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

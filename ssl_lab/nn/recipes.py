@@ -15,6 +15,7 @@ from ssl_lab.nn.block import Block, Residual
 from ssl_lab.nn.ffn import GLU, MLP
 from ssl_lab.nn.mla import MLA
 from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
+from ssl_lab.nn.norm import RMSNorm
 
 gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
 
@@ -26,7 +27,7 @@ def layer_norm(dim: int, *, eps: float = 1e-5) -> nn.Module:
 
 def rms_norm(dim: int, *, eps: float = 1e-6) -> nn.Module:
     """RMSNorm (arXiv:1910.07467) with the epsilon of LLaMA, T5 and DeepSeek; LLaMA 2 and Mistral have 1e-5."""
-    return nn.RMSNorm(dim, eps=eps)
+    return RMSNorm(dim, eps=eps)
 
 
 def swiglu_hidden(dim: int) -> int:

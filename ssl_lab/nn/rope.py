@@ -7,9 +7,11 @@ its sin is negative in the first half: turning is then x * cos + (x with halves 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Rope = tuple[Tensor, Tensor]
 Scaling = Callable[[Tensor, float], tuple[Tensor, float]]  # (frequencies (Dh/2), base) -> frequencies, factor on both
@@ -142,9 +144,41 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     prefix = x.shape[-2] - cos.shape[-2]
     if prefix:
         return torch.cat([x[..., :prefix, :], rotate(x[..., prefix:, :], rope)], -2)
+    if x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling():
+        out: Tensor = _Rotate.apply(x, cos, sin)
+        return out
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation in training on a CPU, in the dtype of x as transformers does, and contiguous for the products.
+
+    Its derivative is the rotation by the opposite angle, which needs nothing of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = (table.to(grad.dtype) for table in ctx.saved_tensors)
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half by half into one contiguous tensor: four passes over halves, no copy of x."""
+    half = x.shape[-1] // 2
+    out = x.new_empty(x.shape)
+    (first, second), into = x.split(half, -1), out.split(half, -1)
+    cos, sin = cos[..., :half], sin[..., half:]
+    torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
+    return out
 
 
 def from_interleaved(weight: Tensor, head_dim: int, rotary: int | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Residual
 from ssl_lab.nn.ffn import GLU, MLP
+from ssl_lab.nn.norm import RMSNorm
 from ssl_lab.nn.positions import Learned, Relative, Rotary, Sinusoidal
 from ssl_lab.nn.recipes import (
     bert_block,
@@ -67,10 +68,10 @@ class _Traits:
 _RECIPES: dict[str, tuple[_Traits, ...]] = {
     "bert": (_Traits("post", nn.LayerNorm, "gelu", False, True, None, Learned),),
     "gpt2": (_Traits("pre", nn.LayerNorm, "gelu_tanh", False, True, None, Learned),),
-    "llama": (_Traits("pre", nn.RMSNorm, "silu", True, False, None, Rotary),),
+    "llama": (_Traits("pre", RMSNorm, "silu", True, False, None, Rotary),),
     "t5": (
-        _Traits("pre", nn.RMSNorm, "relu", False, False, 1.0, Relative),
-        _Traits("pre", nn.RMSNorm, "gelu_tanh", True, False, 1.0, Relative),
+        _Traits("pre", RMSNorm, "relu", False, False, 1.0, Relative),
+        _Traits("pre", RMSNorm, "gelu_tanh", True, False, 1.0, Relative),
     ),
     "transformer": (_Traits("post", nn.LayerNorm, "relu", False, True, None, Sinusoidal),),
 }
@@ -156,7 +157,7 @@ def _block_facts(block: nn.Module, positions: nn.Module) -> tuple[_Traits, dict[
     attention, feed, norm = residuals[0].fn, residuals[-1].fn, residuals[0].norm
     if type(attention) is not Attention or attention.qk_norm or not isinstance(feed, MLP | GLU):
         return None
-    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+    if not isinstance(norm, nn.LayerNorm | RMSNorm):
         return None
     if any(residual.scale != 1.0 or residual.gate is not None for residual in residuals):
         return None
@@ -176,7 +177,7 @@ def _block_facts(block: nn.Module, positions: nn.Module) -> tuple[_Traits, dict[
 def _told(model: nn.Module, facts: Facts) -> bool:
     """Whether the family's arguments can say all that these facts say, and one epsilon is that of all norms."""
     names, heads = NAMES[facts["family"]], facts["num_heads"]
-    epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)}
+    epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | RMSNorm)}
     return (
         epsilons == {facts["eps"]}
         and ("num_kv_heads" in names or facts["num_kv_heads"] == heads)
