@@ -61,7 +61,7 @@ def test_help_of_a_verb_has_examples_and_choices(name, capsys):
             assert word in text
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "export", "bench", "doctor"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "export", "bench", "tokenizer", "doctor"])
 def test_examples_in_the_help_compose(name, capsys, tmp_path, monkeypatch, verb):
     from ssl_lab.cli.usage import EXAMPLES
 

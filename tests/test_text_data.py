@@ -320,7 +320,7 @@ def test_offline_sets_of_the_command_line(data, views, keys):
 def test_errors_name_the_thing_and_what_to_do(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("short")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nb\n')
     (tmp_path / "none").mkdir()
