@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> None:
             rows.extend(run_round(able, round, step=step, subject=subject, say=console.print))
             return round
 
-        if cfg.baselines and data.tokenizer is None:
+        if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
             judge(Pixels(), 0, "raw pixels")
         torch.manual_seed(cfg.seed)
         method = build(without_downloads(method_config))

@@ -110,7 +110,7 @@ class Training:
             sweep(self.out)
             sweep(self.out / "checkpoints")
         if self.cfg.baselines and self.standing.step == 0 and self.first:
-            if self.data.tokenizer is None:
+            if hasattr(self.data.eval_views, "stats"):  # there are images
                 self._judge({n: e for n, e in self.evaluators.items() if e.needs is Embeds}, 0, "raw pixels", Pixels())
             self._judge(self.evaluators, 0, beginning(self.cfg.method), self.method)
         self.signals.deferred = True
