@@ -80,10 +80,8 @@ class ZeroShot(Common):
         default = getattr(source, "templates", None) or TEMPLATES
         templates = list(default) if self.templates is None else _templates(self.templates)
         names = [x.replace("_", " ") for x in round.data.classes] if self.names is None else _names(self.names)
-        if len(names) != len(round.data.classes):
-            raise UserError(
-                f"eval.zero_shot.names: {len(names)} names in {self.names}, {len(round.data.classes)} classes"
-            )
+        if len(names) != (count := len(round.data.classes)):
+            raise UserError(f"eval.zero_shot.names={self.names}: it has {len(names)} names, the data {count} classes")
         test = round.only_labelled(round.image_embeddings("test", self.limit), "test").to(round.device)
         scores = test.x @ class_embeddings(round, names, templates, encode).to(test.x.device).T
         values = accuracy(scores, test.y)
@@ -131,7 +129,5 @@ def _lines(key: str, file: str) -> list[str]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"eval.zero_shot.{key}={file} cannot be read ({error}): give a text file, one in a line"
-        ) from None
+        raise UserError(f"eval.zero_shot.{key}={file} cannot be read ({error}): give a text file") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
