@@ -111,6 +111,24 @@ class Predicts(Protocol):
 
 
 @runtime_checkable
+class Locates(Protocol):
+    """A method that answers with a span of the text: SQuAD."""
+
+    def locate(self, batch: Batch) -> Tensor:
+        """(B, L, 2) scores of the first and the last token of the answer."""
+        ...
+
+
+@runtime_checkable
+class Translates(Protocol):
+    """A method that writes a sequence for another one: BLEU."""
+
+    def translate(self, batch: Batch, eos: int, *, num_beams: int, alpha: float, max_tokens: int) -> Tensor:
+        """(B, T) int64, T <= max_tokens: for each source the best sequence found, `eos` from its end on."""
+        ...
+
+
+@runtime_checkable
 class EmbedsPairs(Protocol):
     """A method with images and texts in one space: zero-shot classification, retrieval across both."""
 

@@ -4,13 +4,15 @@ from torch import Tensor
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.read import read, text_features
+from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.experts import balance_
 from ssl_lab.types import Batch, Pooling, Step
 
 
 class CausalLM(Method):
-    """Mean cross-entropy of the next token.
+    """Mean cross-entropy of the next token, plus what mixtures of experts add.
 
     Tokens may be the colours of an image in raster order (iGPT, Chen et al., 2020), see `ssl_lab.data.pixels`.
 
@@ -26,8 +28,10 @@ class CausalLM(Method):
         self.decoder, self.pooling, self.layer = decoder, pooling, layer
 
     def step(self, batch: Batch, progress: float) -> Step:
-        nll = self.nll(batch)
-        return Step(mean_over_tokens(nll, batch["labels"]))
+        return with_experts(mean_over_tokens(self.nll(batch), batch["labels"]), self.decoder)
+
+    def after_step(self, progress: float) -> None:
+        balance_(self.decoder)
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L) float32 of every label, 0 where none is scored."""

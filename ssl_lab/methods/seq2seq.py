@@ -4,8 +4,11 @@ from torch import Tensor
 
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.errors import UserError
+from ssl_lab.generation.beam import Beam, beam_search
+from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import IGNORE, mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.experts import balance_
 from ssl_lab.types import Batch, Encoded, Step
 
 
@@ -31,7 +34,10 @@ class Seq2Seq(Method):
     def step(self, batch: Batch, progress: float) -> Step:
         labels, hidden = batch["labels"], self._hidden(batch)
         nll = token_nll(hidden, self.model.head_weight, labels, label_smoothing=self.label_smoothing)
-        return Step(mean_over_tokens(nll, labels))
+        return with_experts(mean_over_tokens(nll, labels), self.model)
+
+    def after_step(self, progress: float) -> None:
+        balance_(self.model)
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L) float32 of every label without smoothing, 0 where none is scored."""
@@ -40,6 +46,21 @@ class Seq2Seq(Method):
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) mean of what the encoder says of the source's tokens."""
         return self._source(batch).pooled("mean")
+
+    def translate(self, batch: Batch, eos: int, *, num_beams: int, alpha: float, max_tokens: int) -> Tensor:
+        """(B, T) int64, T <= max_tokens: the best of a beam search (section 6.1), `eos` from its end on."""
+        valid = batch.get("valid")
+        sources = [row if valid is None else row[valid[i]] for i, row in enumerate(batch["tokens"])]
+        beams = beam_search(
+            self.model,
+            sources,
+            max_new_tokens=max_tokens,
+            beam=Beam(num_beams, alpha, "gnmt"),
+            eos=eos,
+            pad=eos,
+            start=self.start_token,
+        )
+        return beams.tokens[:, 0]
 
     def _source(self, batch: Batch) -> Encoded:
         return self.model.encode(batch["tokens"], valid=batch.get("valid"))

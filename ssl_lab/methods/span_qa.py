@@ -44,25 +44,3 @@ class SpanQA(Method):
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of question and text together."""
         return text_features(self.encoder, batch, self.pooling)
-
-
-def best_span(logits: Tensor, allowed: Tensor, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best first and last token of each row: the largest sum of both scores over all spans that are possible.
-
-    That is what n-best lists approximate; with at most `max_tokens` tokens all pairs can be compared.
-
-    Args:
-        logits: (B, L, 2) scores of first and last tokens.
-        allowed: (B, L) bool, tokens that may begin or end an answer.
-        max_tokens: of an answer.
-
-    Returns:
-        Scores (B,), first and last tokens (B,) int64; the score is -inf where nothing is allowed.
-    """
-    start, end = logits.masked_fill(~allowed.unsqueeze(-1), -torch.inf).float().unbind(-1)
-    length = start.shape[1]
-    later = torch.arange(length, device=start.device)[:, None] + torch.arange(max_tokens, device=start.device)
-    ends = end[:, later.clamp(max=length - 1)].masked_fill(later >= length, -torch.inf)  # (B, L, max_tokens)
-    score, place = (start.unsqueeze(-1) + ends).flatten(1).max(1)
-    first = place // max_tokens
-    return score, first, first + place % max_tokens
