@@ -1,7 +1,10 @@
 """Attention written out: the definition, and on CPU the fastest kernel for short sequences and for bf16."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssl_lab.nn.mask import AttnMask
 
@@ -13,8 +16,46 @@ def eager(
 
     A query that may attend to nothing gives 0.
     """
+    trains = q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and bias is None and dropout_p == 0 and q.device.type == "cpu":
+        allowed = mask.dense(q.shape[2], k.shape[2], q.device)
+        out: Tensor = _Training.apply(q, k, v, None if allowed is None else ~allowed, scale, mask.may_be_empty)
+        return out
     weights = attention_map(q, k, mask, scale, dropout_p, bias)
     return _per_head(weights, v)
+
+
+class _Training(torch.autograd.Function):
+    """The same with its derivative written out: hidden scores cost one pass in place, and none backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, empty_rows: bool
+    ) -> Tensor:
+        (B, H, L, Dh), (_, G, S, _) = q.shape, k.shape
+        q, k, v = q.reshape(B * G, -1, Dh), k.flatten(0, 1), v.flatten(0, 1)
+        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        if hidden is not None:
+            scores.view(B, H, L, S).masked_fill_(hidden, float("-inf"))
+        weights = scores.softmax(-1)
+        if hidden is not None and empty_rows:  # softmax over -inf is NaN
+            weights.view(B, H, L, S).masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.shape = scale, (B, H, L, G, S)
+        return torch.bmm(weights, v).view(B, H, L, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        B, H, L, G, S = ctx.shape
+        grad = grad.reshape(B * G, -1, grad.shape[-1])
+        into_v = torch.bmm(weights.transpose(1, 2), grad)
+        into_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype)
+        zero = q.new_empty(())
+        into_q = torch.baddbmm(zero, into_scores, k, beta=0, alpha=ctx.scale)
+        into_k = torch.baddbmm(zero, into_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+        return into_q.view(B, H, L, -1), into_k.view(B, G, S, -1), into_v.view(B, G, S, -1), None, None, None
 
 
 def attention_map(
