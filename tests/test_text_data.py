@@ -251,7 +251,7 @@ def test_questions_in_windows(tmp_path):
 def test_a_token_counts_where_it_has_most_context(tmp_path):
     path = write(tmp_path / "train.parquet", {k: v[:1] for k, v in SQUAD.items()})
     tokenizer = characters(*SQUAD["context"], *SQUAD["question"])
-    questions = Questions(path, tokenizer, split=None, max_length=20, stride=4, max_question=6)
+    questions = Questions(path, tokenizer, split=None, max_length=21, stride=4, max_question=6)
     for place in range(len(SQUAD["context"][0])):
         shown = {}
         for row, (_, _, start, end, _, _) in enumerate(questions._windows.tolist()):

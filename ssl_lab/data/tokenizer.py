@@ -6,7 +6,6 @@ In a configuration `data.tokenizer` is the path of a saved tokenizer, or a node 
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,11 +22,6 @@ from ssl_lab.data.tokenizer_train import USUAL, Kind, train
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 from ssl_lab.weights import gguf
-
-# Said beforehand, the library neither warns nor switches its threads off when loader workers are forked; the threads
-# are not there in a forked process, so that they must not be used in it.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.register_at_fork(after_in_child=lambda: os.environ.__setitem__("TOKENIZERS_PARALLELISM", "false"))
 
 _BLANKS = "\u0120\u010a\u0109\u010d\u2581"  # how byte-level BPE writes a blank, line end, tab; SentencePiece a blank
 
