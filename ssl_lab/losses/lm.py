@@ -1,8 +1,11 @@
 """Cross-entropy of predicted tokens, over the scored tokens of all ranks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssl_lab import dist
 from ssl_lab.errors import UserError
@@ -13,8 +16,44 @@ IGNORE = -100  # the label of a position that is not scored
 
 def nll(logits: Tensor, wanted: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Logits (M, V) and classes (M,) -> negative log likelihood in nats (M,), float32 at least; 0 for class -100."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if label_smoothing == 0 and logits.dtype in (torch.bfloat16, torch.float16):
+        found: Tensor = _NLL.apply(logits, wanted)
+        return found
+    exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(exact, wanted, reduction="none", label_smoothing=label_smoothing)
+
+
+class _NLL(torch.autograd.Function):
+    """Of half-precision logits some rows at a time, so that their float32 copies are small and stay in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.cat([part.to(exact).logsumexp(-1) for part in logits.split(_rows_at_once(logits))])
+        known = wanted != IGNORE
+        own = logits.gather(1, wanted.where(known, 0)[:, None])[:, 0].to(exact)
+        ctx.save_for_backward(logits, wanted, total)
+        return (total - own).where(known, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, wanted, total = ctx.saved_tensors
+        known = wanted != IGNORE
+        share, own = grad.where(known, 0.0)[:, None], wanted.where(known, 0)[:, None]
+        out, count = torch.empty_like(logits), _rows_at_once(logits)
+        for into, part, log_sum, factor, target in zip(
+            *(t.split(count) for t in (out, logits, total[:, None], share, own)), strict=True
+        ):
+            likely = torch.sub(part, log_sum).exp_()
+            into.copy_(likely.mul_(factor).scatter_add_(1, target, -factor))
+        return out, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """On an accelerator few, large pieces are better; there is nothing to keep in a cache."""
+    size = 1 << 20 if logits.device.type == "cpu" else 1 << 26
+    return max(1, size // logits.shape[1])
 
 
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
