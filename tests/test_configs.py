@@ -24,6 +24,9 @@ def composed(*words, verb="train"):
 def choosing(group, choice):
     """The words that choose it."""
     place = "views@data.views" if group == "views" else group
+    if group == "backbone" and (tower := choice.partition("_")[0]) in ("clip", "siglip"):
+        place = f"backbone@method.{'text' if '_text' in choice else 'image'}.backbone"
+        assert tower in METHODS
     return [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}", *([PATH] if group == "data" else [])]
 
 
@@ -33,7 +36,15 @@ READERS = {  # of what neither images give nor a method chooses by itself
     **{("data", name): method for name, method in [("sst2", "text_classification"), ("multi30k", "seq2seq")]},
     ("data", "xquad"): "span_qa",
 }
-FAMILIES = {"gpt": "causal_lm", "llama": "causal_lm", "transformer": "seq2seq", "t5": "seq2seq", "bert": "masked_lm"}
+FAMILIES = {
+    "clip_": "clip",
+    "siglip_": "siglip",
+    "gpt": "causal_lm",
+    "llama": "causal_lm",
+    "transformer": "seq2seq",
+    "t5": "seq2seq",
+    "bert": "masked_lm",
+}
 
 
 def method_for(group, choice):
@@ -83,8 +94,10 @@ def test_method_builds(name):
 
 @pytest.mark.parametrize("name", catalog.choices("backbone", [CONF]))
 def test_backbone_builds(name):
-    method = composed(*method_for("backbone", name), f"backbone={name}").method
-    assert build_on_meta(method[next(part for part in ("encoder", "decoder", "model") if part in method)]).dim > 0
+    method = composed(*method_for("backbone", name), *choosing("backbone", name)).method
+    part = next(part for part in ("encoder", "decoder", "model", "text", "image") if part in method)
+    part = "image" if part == "text" and "_text" not in name else part
+    assert build_on_meta(method[part].get("backbone", method[part])).dim > 0
 
 
 @pytest.mark.parametrize(("group", "choice"), list(each_choice()))
@@ -106,7 +119,8 @@ def test_bench_takes_every_experiment(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluate_takes_the_groups_of_a_method(name):
-    reads_images = composed(f"method={name}").data.get("path") != "captions"
+    chosen = composed(f"method={name}")
+    reads_images = chosen.data.get("path") != "captions" and "encoder" in chosen.method
     more = ["data=shapes", "backbone=vit_ti4"] if reads_images else []
     cfg = composed(f"method={name}", *more, "eval=[knn]", verb="evaluate")
     assert list(cfg.eval) == ["knn"]

@@ -10,7 +10,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.methods.clip import CLIP
 from ssl_lab.methods.siglip import SigLIP
 from ssl_lab.types import Batch
-from ssl_lab.weights import io, pairs
+from ssl_lab.weights import io, pairs, pairs_export
 from ssl_lab.weights.pair_facts import facts_of, settings, towers
 from ssl_lab.weights.rename import rename
 from ssl_lab.weights.tables import hf_clip, hf_siglip, open_clip
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(io.OtherArchitecture, match=r"image.depth 2 there, 1 here.*method.image.backbone.depth=2") as e:
         fresh(other("image", depth=1), weights=f"hf:{tmp_path}/clip")
     assert e.value.arguments == settings(FACTS)
-    with pytest.raises(io.OtherArchitecture, match="text.act quick_gelu there, gelu here"):
+    with pytest.raises(io.OtherArchitecture, match=r"text.act quick_gelu there, gelu here"):
         fresh(other("text", act="gelu"), weights=f"hf:{tmp_path}/clip")
     with pytest.raises(UserError, match=r"99 tokens, the data write one of 50.*data.tokenizer"):
         fresh(other("text", vocab_size=50), weights=f"hf:{tmp_path}/clip")
@@ -206,9 +206,9 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         fresh(other("text", max_length=20), weights=f"hf:{tmp_path}/clip")
     with pytest.raises(UserError, match=r"is a siglip.*set method=siglip"):
         fresh(FACTS, weights=f"hf:{tmp_path}/siglip")
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config.json"):
         fresh(FACTS, weights=f"hf:{tmp_path}/nothing")
-    with pytest.raises(UserError, match="holds no open_clip_config.json"):
+    with pytest.raises(UserError, match=r"holds no open_clip_config.json"):
         fresh(FACTS, weights=f"open_clip:{tmp_path}")
     with pytest.raises(UserError, match="holds no checkpoints"):
         fresh(FACTS, weights=str(tmp_path))
@@ -217,6 +217,40 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         fresh(FACTS, weights=f"open_clip:{tmp_path}/other.pt")
     with pytest.raises(UserError, match="is no CLIP or SigLIP of ours"):
         fresh(FACTS, weights=f"{tmp_path}/other.pt")
+
+
+@pytest.mark.parametrize("facts", [FACTS, OTHER], ids=["clip", "siglip"])
+@pytest.mark.parametrize("eos", [None, 5])
+def test_export_to_transformers(facts, eos, tmp_path):
+    pytest.importorskip("transformers")
+    ours = randomise(fresh(facts)).float()
+    done = pairs_export.to_hf(ours, tmp_path, stats=((0.5,) * 3, (0.25,) * 3), eos=eos)
+    assert done.difference < 1e-5 and (tmp_path / "preprocessor_config.json").is_file()
+    again = fresh(facts, weights=f"hf:{tmp_path}")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("eos", [None, 5])
+def test_export_to_open_clip(eos, tmp_path):
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    ours = randomise(fresh(FACTS)).float()
+    done = pairs_export.to_open_clip(ours, tmp_path, stats=((0.5,) * 3, (0.25,) * 3), eos=eos)
+    assert done.difference < 1e-5
+    again = fresh(FACTS, weights=f"open_clip:{tmp_path}")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="end token has id 2"):
+        pairs_export.to_hf(fresh(FACTS), tmp_path, eos=2)
+    other = fresh(FACTS)
+    other.towers["image"].pooling = "mean"
+    with pytest.raises(UserError, match="backbones clip_vit and clip_text"):
+        pairs_export.to_hf(other, tmp_path)
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    with pytest.raises(UserError, match="use to=hf"):
+        pairs_export.to_open_clip(fresh(OTHER), tmp_path)
 
 
 def test_options_without_tensors_are_refused(tmp_path):

@@ -25,6 +25,10 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
         return build(node)
     except InstantiationException as error:
         other = _cause(error)
+        if other is not None and _adopt_towers(node, other.arguments):
+            say(f"towers: as in {node.weights}")
+            torch.manual_seed(seed)
+            return build(node)
         if other is None or not _adopt(node, other.arguments):
             raise
     told = ", ".join(_told(name.removeprefix("block."), value) for name, value in io.flat(other.arguments).items())
@@ -92,6 +96,15 @@ def _adopt(node: DictConfig, arguments: dict[str, Any]) -> bool:
                 encoder[name] = value
         for name, value in block.items():
             encoder.block[name] = value
+    return True
+
+
+def _adopt_towers(node: DictConfig, arguments: dict[str, Any]) -> bool:
+    """Enter the arguments of several towers; False where they are of something else."""
+    if not arguments or any(OmegaConf.select(node, f"{name}.backbone") is None for name in arguments):
+        return False
+    with open_dict(node):
+        node.merge_with(arguments)
     return True
 
 
