@@ -63,6 +63,33 @@ def test_every_method_goes_on_with_its_teacher_queue_and_center(tmp_path, method
     same_end(whole, out)
 
 
+TEXT = {  # part -> where the network is
+    "causal_lm": "decoder",
+    "masked_lm": "encoder",
+    "span_corruption": "model",
+    "seq2seq": "model",
+    "text_classification": "encoder",
+    "span_qa": "encoder",
+}
+COMMON = ["data.batch_size=4", "save_steps=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
+
+
+OFTEN_TOO = ("causal_lm", "seq2seq")
+
+
+@pytest.mark.parametrize("method", [m if m in OFTEN_TOO else pytest.param(m, marks=pytest.mark.slow) for m in TEXT])
+def test_every_method_of_text_goes_on(tmp_path, method):
+    network = f"method.{TEXT[method]}"
+    sizes = [f"{network}.dim=16", f"{network}.depth=1", f"{network}.num_heads=2"]
+    dropout = [] if method == "causal_lm" else [f"{network}.dropout=0.1"]  # whose draws must go on too
+    words = [f"method={method}", *sizes, *dropout, *COMMON, "data.rows=40", "duration=8steps"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run([*words, f"out={whole}"]) == 0
+    assert run([*words, f"out={out}"], ("backward", 6)) == -9
+    assert run([*words, f"out={out}"]) == 0
+    same_end(whole, out)
+
+
 def test_killed_twice_with_workers_accumulation_and_average(reference, tmp_path):
     options = ["data.num_workers=2", "trainer.accumulate_grad_batches=2", "ema=0.9"]
     out = tmp_path / "run"
