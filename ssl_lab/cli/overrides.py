@@ -5,6 +5,7 @@ that is mounted in one place needs no `@`: `backbone=vit_s16` is `backbone@metho
 backbone. And every mistake names the nearest valid name.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ OTHER_NAMES = {  # of other tools -> ours
     "checkpoint": "ckpt",
     "output_dir": "out",
 }
+TEXTS = ("prompt", "system")  # keys whose values are sentences: taken as they are typed
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def parse(text: str, folders: list[Path]) -> Override:
         raise UserError(f"'{text}' has no value: write key=value, without spaces around ={hint}")
     if not key.strip("+~") or key != key.strip() or value != value.lstrip():
         raise UserError(f"'{text}': write key=value, without spaces around =")
+    if key in TEXTS:
+        text = f"{key}={_quoted(key, value)}"
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
@@ -81,6 +85,13 @@ def parse(text: str, folders: list[Path]) -> Override:
         raise UserError(
             f"{text}: cannot read the value; if it is a text, quote it twice: '{key}=\"{quoted}\"'"
         ) from None
+
+
+def _quoted(key: str, value: str) -> str:
+    """A sentence in Hydra's quotes, where backslashes count only before a quote."""
+    if "${" in value:
+        raise UserError(f"{key}: ${{ would be read as a reference to another key; write $ {{ apart")
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), value) + '"'
 
 
 def _check_choice(word: Override, root: Root, folders: list[Path]) -> None:

@@ -10,6 +10,7 @@ from ssl_lab.errors import UserError
 VERBS = {
     "train": "train a method; the verb may be left out",
     "evaluate": "judge the features of a checkpoint or of imported weights",
+    "generate": "text from a language model: a run, or imported weights",
     "export": "write a checkpoint as timm, Hugging Face or plain safetensors weights",
     "bench": "time training steps, alone or beside other libraries",
     "tokenizer": "train a tokenizer, and say how many bytes a token holds",
@@ -25,6 +26,10 @@ EXAMPLES = {
         "ssl-lab experiment=quickstart --cfg job",
     ],
     "evaluate": ["ssl-lab evaluate ckpt=runs/quickstart/0/checkpoints/last.ckpt eval=[knn,linear]"],
+    "generate": [
+        'ssl-lab generate ckpt=runs/causal_lm/0 prompt="a small red" temperature=0.8 seed=1',
+        'ssl-lab generate ckpt=gguf:model.gguf chat=true prompt="What is the capital of France?" temperature=0',
+    ],
     "export": ["ssl-lab export ckpt=runs/quickstart/0/checkpoints/last.ckpt to=timm"],
     "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
     "tokenizer": [

@@ -130,6 +130,16 @@ class MinNewTokens:
 
 
 @dataclass(frozen=True)
+class Below:
+    """Only ids below `count`: an embedding may have more rows than its tokenizer has tokens."""
+
+    count: int
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= self.count, NEVER)
+
+
+@dataclass(frozen=True)
 class Allowed:
     """Only one of `choices` may be generated, then the end: an example of constrained decoding by a trie.
 
