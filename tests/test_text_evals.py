@@ -1,6 +1,7 @@
 """Known answers for the evaluators of text: accuracy and F1, answers in a text, translations."""
 
 import collections
+import dataclasses
 import re
 import string
 import sys
@@ -11,12 +12,18 @@ import torch
 from torch import nn
 from torchmetrics.functional.text import squad as squad_score
 
+from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round, Skip
 from ssl_lab.evals.bleu import Bleu
+from ssl_lab.evals.finetune import Finetune
 from ssl_lab.evals.runner import run_all
 from ssl_lab.evals.squad import Squad, best_span
 from ssl_lab.evals.text_accuracy import TextAccuracy
+from ssl_lab.methods.causal_lm import CausalLM
+from ssl_lab.methods.masked_lm import MaskedLM
+from ssl_lab.train.optim import Optim
 
 
 class Data:
@@ -69,6 +76,32 @@ def test_f1_of_more_classes_is_their_mean():
     assert found["f1"] == pytest.approx(100 * (1 / 2 + 2 / 3 + 2 / 3) / 3)
     with pytest.raises(Skip):
         TextAccuracy().run(Round(Guesses(3), labelled([0], [-1])))
+
+
+class Labelled(Data):
+    """Training rows are test rows."""
+
+    classes = ["one", "two"]
+
+    def train_dataloader(self):
+        return self.eval_loader("train")
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+def test_a_text_encoder_is_finetuned():
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    tokens, target = torch.randint(3, 9, (48, 6), generator=g), torch.arange(48) % 2
+    tokens[:, 1] = 1 + target
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    data = Labelled({"tokens": tokens, "valid": valid, "types": torch.zeros_like(tokens), "target": target})
+    evaluator = Finetune(Optim(lr=1e-2), steps=120, pooling="cls")
+    method = MaskedLM(TextEncoder(9, 16, 1, 2, max_length=8))
+    assert values(evaluator, method, data)["top1"] > 95
+    decoder = CausalLM(Decoder(9, 16, 1, 2, max_length=8))
+    assert values(dataclasses.replace(evaluator, pooling="last"), decoder, data)["top1"] > 95
 
 
 # ---- answers in a text

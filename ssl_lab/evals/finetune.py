@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab import dist
+from ssl_lab.backbones.read import read
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy, moved
 from ssl_lab.rng import fold
@@ -18,7 +19,7 @@ from ssl_lab.types import Batch, Embeds, Encoded, Pooling
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling, linear head that starts at 0: (B, C, H, W) -> logits (B, classes)."""
+    """Encoder, pooling, linear head that starts at 0: a batch of images or text -> logits (B, classes)."""
 
     def __init__(self, encoder: nn.Module, dim: int, classes: int, pooling: Pooling | None) -> None:
         super().__init__()
@@ -27,16 +28,16 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits (B, classes)."""
-        encoded: Encoded = self.encoder(image)
+        encoded: Encoded = read(self.encoder, batch) if "tokens" in batch else self.encoder(image_of(batch))
         out: Tensor = self.head(encoded.pooled(self.pooling))
         return out
 
 
 @dataclass(frozen=True)
 class Finetune(Common):
-    """Train a copy of `method.encoder` and a linear head on the augmented, labelled training stream.
+    """Train a copy of `method.encoder` (or `decoder`) and a linear head on the augmented, labelled training stream.
 
     The method itself is left as it is. For mixup and longer recipes train the `supervised` method instead.
 
@@ -71,7 +72,8 @@ class Finetune(Common):
 
     def run(self, round: Round) -> dict[str, float]:
         """Percent of test rows top1, top5; as a detail the mean loss of the last tenth of the steps."""
-        encoder, classes = getattr(round.method, "encoder", None), len(round.data.classes)
+        encoder = getattr(round.method, "encoder", getattr(round.method, "decoder", None))
+        classes = len(round.data.classes)
         if not isinstance(encoder, nn.Module):
             raise Skip(f"{type(round.method).__name__} has no encoder to train")
         if not classes:
@@ -79,7 +81,7 @@ class Finetune(Common):
         model = Classifier(copy.deepcopy(encoder), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
         losses = self._train(model, round)
         model.eval()
-        test = round.extract(lambda batch: model(batch["image"]), "test", self.limit)
+        test = round.extract(model, "test", self.limit)
         test = round.only_labelled(test, "test")
         return accuracy(test.x, test.y) | {"train/loss": sum(losses) / len(losses)}
 
@@ -89,7 +91,7 @@ class Finetune(Common):
         optimizer: torch.optim.Optimizer | None = None
         losses, seen = [], 0
         for step, batch in zip(range(self.steps), endless(round), strict=False):
-            image, y = image_of(batch), batch["target"]
+            y = batch["target"]
             if optimizer is None:
                 optimizer = self.optim.build(model.named_parameters(), len(y) * dist.world_size())
             if not (y >= 0).any():
@@ -98,7 +100,7 @@ class Finetune(Common):
             torch.manual_seed(fold(self.seed, step, dist.rank()))
             with torch.enable_grad():
                 with round.precision():
-                    logits = model(image)
+                    logits = model(batch)
                 loss = F.cross_entropy(logits.float(), y, ignore_index=-1, label_smoothing=self.label_smoothing)
                 loss.backward()
             for p in model.parameters():
