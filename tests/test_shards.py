@@ -13,18 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_lab.cli.main import main
 from ssl_lab.data import shards as module_of_shards
 from ssl_lab.data import shards_index
 from ssl_lab.data.module import DataModule
 from ssl_lab.data.pair_views import PairViews
-from ssl_lab.data.pairs_shapes import ShapesPairs
 from ssl_lab.data.pairs_tokenizer import trained
-from ssl_lab.data.shapes import Shapes
 from ssl_lab.data.shards import Shards
 from ssl_lab.data.shards_index import index_of
 from ssl_lab.data.shards_order import row_order
-from ssl_lab.data.shards_write import plan, write_shards
 from ssl_lab.data.views import Crop, Resize
 from ssl_lab.errors import UserError
 
@@ -316,84 +312,6 @@ def test_few_files_and_indices_are_open_at_a_time(tmp_path, tokenizer):
     source = Shards(pack(tmp_path, [2] * 40), tokenizer, split=None)
     assert sorted(numbers(source, range(80))) == list(range(80))
     assert len(source.table._files) <= 16 and len(source.table._records) <= 16
-
-
-def test_writing_and_reading_gives_the_same(tmp_path, tokenizer):
-    scenes = ShapesPairs("train", 25, image_size=8)
-    written = write_shards(scenes, tmp_path, "train", 10)
-    assert (written.shards, written.records, written.unreadable, written.kept) == (3, 25, 0, 0)
-    source = Shards(tmp_path, tokenizer, split=None, context_length=16)
-    samples, names = source.read(range(25)), [int(source.table.name(i)[-13:-4]) for i in range(25)]
-    assert sorted(names) == list(range(25))
-    assert torch.equal(torch.stack(samples.data.images), scenes.read(names).data)
-    assert samples.data.captions == scenes.captions(names)
-    assert torch.equal(samples.targets, scenes.read(names).targets)
-
-
-def test_writing_twice_gives_the_same_bytes_and_whole_files_are_kept(tmp_path):
-    scenes = Shapes("test", 25, image_size=8)
-    for name in ("a", "b"):
-        write_shards(scenes, tmp_path / name, "test", 10)
-    files = sorted(x.name for x in (tmp_path / "a").iterdir())
-    assert files == ["test-00000.tar", "test-00001.tar", "test-00002.tar"]
-    assert all((tmp_path / "a" / x).read_bytes() == (tmp_path / "b" / x).read_bytes() for x in files)
-    (tmp_path / "a" / files[1]).unlink()
-    again = write_shards(scenes, tmp_path / "a", "test", 10)
-    assert (again.kept, again.shards, again.records) == (2, 3, 25)
-    assert (tmp_path / "a" / files[1]).read_bytes() == (tmp_path / "b" / files[1]).read_bytes()
-
-
-def test_a_shard_appears_whole_or_not_at_all(tmp_path):
-    class Ends(Shapes):
-        def read(self, rows):
-            if rows[0] >= 256:
-                raise KeyboardInterrupt
-            return super().read(rows)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(Ends("train", 700, image_size=8), tmp_path, "train", 350)  # read 256 at a time
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(Ends("train", 700, image_size=8), tmp_path, "train", 150)
-    assert [x.name for x in sorted(tmp_path.iterdir())] == ["train-00000.tar", "train-00001.tar"]
-
-
-def test_an_unreadable_image_is_not_written(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from ssl_lab.data.pairs import Pairs
-
-    images = [png(i)[:40] if i == 3 else png(i) for i in range(8)]
-    pq.write_table(pa.table({"image": images, "caption": [f"c {i}" for i in range(8)]}), tmp_path / "train.parquet")
-    pq.write_table(pa.table({"image": images[4:], "caption": ["x"] * 4}), tmp_path / "test.parquet")
-    written = write_shards(Pairs(tmp_path, in_memory=False), tmp_path / "out", "train", 5)
-    assert (written.records, written.unreadable) == (7, 1)
-    with tarfile.open(tmp_path / "out" / "train-00000.tar") as file:
-        assert file.extractfile("000000001.png").read() == images[1]  # as it was stored
-        assert file.extractfile("000000001.txt").read() == b"c 1" and "000000003.png" not in file.getnames()
-
-
-def test_a_folder_with_other_shards_is_refused(tmp_path):
-    plan(tmp_path, {"rows": 3})
-    plan(tmp_path, {"rows": 3})
-    with pytest.raises(UserError, match="other data"):
-        plan(tmp_path, {"rows": 4})
-
-
-def test_the_verb_writes_what_training_reads(tmp_path, capsys):
-    words = ["data=shapes_captions", "data.train.length=30", "data.test.length=8", "data.image_size=8"]
-    out = tmp_path / "out"
-    assert main(["shards", *words, f"out={out}", "per_shard=10"]) == 0
-    assert "30 records in 3 shards" in capsys.readouterr().out.replace("\n", " ")
-    assert json.loads((out / "classes.json").read_text())[0] == "red circle"
-    assert (len(Shards(out)), len(Shards(out, split="test"))) == (30, 8)
-    assert main(["shards", *words, f"out={out}", "per_shard=10"]) == 0
-    assert "3 of them there before" in capsys.readouterr().out.replace("\n", " ")
-    assert main(["shards", *words, f"out={out}", "per_shard=20"]) == 2
-    assert main(["shards", *words, f"out={out}", "per_shard=0"]) == 2
-    assert main(["shards", "data=captions", f"out={tmp_path / 'no'}"]) == 2
-    assert "none" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from /proc")
