@@ -18,6 +18,7 @@ from ssl_lab.generation.generate import generate
 from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.base import Method
 from ssl_lab.methods.causal_lm import CausalLM
+from ssl_lab.methods.clip import CLIP
 from ssl_lab.methods.dino import DINO
 from ssl_lab.methods.mae import MAE
 from ssl_lab.methods.mae import Decoder as PixelDecoder
@@ -28,6 +29,7 @@ from ssl_lab.nn.positions import Rotary
 from ssl_lab.nn.recipes import llama_block, rms_norm
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch
+from ssl_lab.weights.pair_facts import towers as pair_towers
 
 
 def make(
@@ -36,17 +38,18 @@ def make(
     """One step of a family as a call that gives its loss; None where there is none of ours.
 
     Args:
-        family: mae, dino, moco, vit, vit_infer, llama or llama_gen (a text, greedily); moco is MoCo v3, without the
-            frozen patch projection, which other libraries train.
+        family: mae, dino, moco, vit, vit_infer, clip, llama or llama_gen (a text, greedily); moco is MoCo v3, without
+            the frozen patch projection, which other libraries train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
             `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
-            `out`, `T`; for vit and vit_infer `classes`;
+            `out`, `T`; for vit and vit_infer `classes`; for clip `tdim`, `tdepth`, `theads`, `ctx`, `vocab`, `emb`;
             for llama `dim`, `depth`, `heads`, `ffn`, `vocab`, `seq` in the place of the image sizes, for llama_gen
             `prompt` and `new` tokens in the place of `seq`.
         inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit; for dino lists `global` and `local` of
-            views, for moco a list `views`, for llama and llama_gen `ids` (B, L) int64.
+            views, for moco a list `views`, for llama and llama_gen `ids` (B, L) int64, for clip `text` (B, L) int64
+            with the end token last.
     """
-    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "llama", "llama_gen"):
+    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "clip", "llama", "llama_gen"):
         return None
     if family == "llama_gen":
         return GenerateStep(llama(cfg, cfg["prompt"] + cfg["new"]), cfg, inputs["ids"])
@@ -57,6 +60,11 @@ def make(
         language = CausalLM(llama(cfg, cfg["seq"]))
         language.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
         return method_step(language, Batch(tokens=ids, labels=labels), device=device, precision=precision)
+    if family == "clip":
+        pair = clip(cfg)
+        pair.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
+        batch = Batch(image=inputs["images"], tokens=inputs["text"])
+        return method_step(pair, batch, device=device, precision=precision)
     encoder = ViT(
         cfg["dim"],
         cfg["depth"],
@@ -71,6 +79,20 @@ def make(
     method, batch = _method(family, encoder, cfg, inputs)
     method.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
     return method_step(method, batch, device=device, precision=precision)
+
+
+def clip(cfg: Mapping[str, Any]) -> CLIP:
+    """CLIP of the sizes in `cfg`, with exact GELU as in open_clip."""
+    towers = {
+        "image": {"image_size": cfg["img"], "patch_size": cfg["patch"]},
+        "text": {"vocab_size": cfg["vocab"], "max_length": cfg["ctx"]},
+    }
+    widths = {"image": (cfg["dim"], cfg["depth"], cfg["heads"]), "text": (cfg["tdim"], cfg["tdepth"], cfg["theads"])}
+    for name, (dim, depth, heads) in widths.items():
+        recipe = {"num_heads": heads, "hidden": 4 * dim, "act": "gelu", "eps": 1e-5}
+        towers[name] |= {"dim": dim, "depth": depth, **recipe}
+    pair = pair_towers({"family": "clip", "embed_dim": cfg["emb"], **towers})
+    return CLIP(pair["image"], pair["text"])
 
 
 def llama(cfg: Mapping[str, Any], max_length: int) -> Decoder:

@@ -23,8 +23,9 @@ from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.results import Row, markdown, matrix, table, write
 from ssl_lab.evals.runner import run_round
 from ssl_lab.files import write_text
+from ssl_lab.train import average as mean
 from ssl_lab.train import checkpoint
-from ssl_lab.weights import io
+from ssl_lab.weights import io, pairs
 
 Plain = dict[str, Any]
 
@@ -72,7 +73,7 @@ def run(cfg: DictConfig) -> None:
             judge(method, step, subject)
         if spec is not None:
             watch.say(f"reading {spec}")
-            step, subject = _load(method, spec, has_run=folder is not None)
+            step, subject = _load(method, spec, cfg.average, has_run=folder is not None)
         round = judge(method, step, subject)
         write(out / "metrics.json", rows)
         write_text(out / "table.md", markdown(rows))
@@ -96,11 +97,12 @@ def _fabric(device: str, precision: Any) -> Fabric:
 
 def _run_of(spec: str | None) -> Path | None:
     """The run folder that `spec` names or lies in, None if it comes without one."""
-    if spec is None or spec.startswith(("timm:", "hf:")):
+    if spec is None or spec.startswith(("timm:", "hf:", "open_clip:")):
         return None
     if not Path(spec).exists():
         raise UserError(
-            f"ckpt={spec} does not exist; give a run folder, a .ckpt, a .safetensors, timm:<name> or hf:<folder>"
+            f"ckpt={spec} does not exist; give a run folder, a .ckpt, a .safetensors, timm:<name>, hf:<folder> or "
+            "open_clip:<folder>"
         )
     return run_folder(Path(spec))
 
@@ -118,7 +120,7 @@ def _laid_over(saved: Plain, given: Plain, part: str) -> Plain:
     return new
 
 
-def _load(method: Any, spec: str, *, has_run: bool) -> tuple[int, str]:
+def _load(method: Any, spec: str, average: int, *, has_run: bool) -> tuple[int, str]:
     """Fill the method; gives the step that the weights are from, and what to call them."""
     path = Path(spec)
     found = checkpoint.find(path) if path.is_dir() else path if path.suffix == ".ckpt" else None
@@ -126,12 +128,15 @@ def _load(method: Any, spec: str, *, has_run: bool) -> tuple[int, str]:
         if not isinstance(getattr(method, "encoder", None), nn.Module):
             raise UserError(f"{type(method).__name__} has no encoder that ckpt={spec} could fill; give a run folder")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when the end is one line of ours
-        io.load(method.encoder, spec)
+        if hasattr(method, "towers"):
+            pairs.load(method, spec)
+        else:
+            io.load(method.encoder, spec)
         return 0, spec
-    content = checkpoint.read(found)
+    content = mean.read(path if average > 1 else found, average)
     try:
         method.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit this {type(method).__name__}: {line}") from None
-    return int(content["global_step"]), "trained"
+    return int(content["global_step"]), "trained" if average == 1 else f"mean of {average}"
