@@ -24,6 +24,7 @@ TOY = {
 VIT = {"method.encoder.depth": "1", "method.encoder.dim": "32", "method.encoder.num_heads": "2"}
 DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
 HEADS = {  # of methods: what they have beside the encoder, small
+    "causal_lm": DECODER,
     "simclr": {"method.hidden": "32"},
     "moco": {"method.queue_size": "32"},
     "moco_v3": {"method.hidden": "32"},
@@ -51,7 +52,7 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if not re.search(r"encoder=timm|backbone=resnet", text):
+        if not re.search(r"encoder=timm|backbone=resnet|method=causal_lm", text):
             more |= VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]

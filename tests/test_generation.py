@@ -1,5 +1,6 @@
 """Generated text: equal to transformers' for the same weights, whichever way it is computed."""
 
+import copy
 import functools
 import itertools
 import math
@@ -107,20 +108,23 @@ def test_greedy_text_is_transformers(family, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-def test_scores_of_the_quick_path_are_those_of_the_modules(family, dtype):
+@pytest.mark.parametrize("lengths", [(4, 10, 9), (5,)], ids=["padded", "one"])
+def test_scores_of_the_quick_path_are_as_exact_as_those_of_the_modules(family, dtype, lengths):
+    """Against float64 with the same (rounded) weights."""
     _, ours = pair(family, dtype)
-    tolerance = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.08}[dtype]
-    tokens, valid = pad_left(prompts(4, 10, 9), 0)
+    exact = copy.deepcopy(ours).double()
+    tokens, valid = pad_left(prompts(*lengths), PAD)
+    ways, worst = [stepper(ours), Cached(ours, cache=False), Cached(exact, cache=False)], torch.zeros(2)
     with torch.no_grad():
-        quick, whole = stepper(ours), Cached(ours, cache=False)
-        a, b = quick.begin(tokens, valid, 20), whole.begin(tokens, valid, 20)
+        scores = [way.begin(tokens, valid, 20) for way in ways]
         for i in range(19):
-            assert (a - b).abs().max() <= tolerance * b.abs().max(), i
-            a, b = quick.step(torch.full((3,), 5 + i)), whole.step(torch.full((3,), 5 + i))
+            worst = torch.stack([worst, torch.stack([(s - scores[2]).abs().max() for s in scores[:2]])]).amax(0)
+            scores = [way.step(torch.full((len(tokens),), 5 + i)) for way in ways]
             if i == 8:
-                rows = torch.tensor([2, 0, 0])
-                quick.reorder(rows)
-                whole.reorder(rows)
+                for way in ways:
+                    way.reorder(torch.tensor([2, 0, 0])[: len(lengths)] % len(lengths))
+    assert worst[0] <= {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.5}[dtype]
+    assert worst[0] <= 1.5 * worst[1] or dtype != torch.bfloat16
 
 
 def test_the_window_rolls_and_forgets():

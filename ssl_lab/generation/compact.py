@@ -34,6 +34,7 @@ class Compact:
         weight = decoder.embed.weight
         self.kind, self.wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
         self.dtype = self.wide if weight.device.type == "cpu" else self.kind  # of keys and values
+        self.views: tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor] | None = None
 
     def begin(self, tokens: Tensor, valid: Tensor | None, new: int) -> Tensor:
         rows, length = tokens.shape
@@ -94,7 +95,7 @@ class Compact:
             self.kept[layer] = both[:, :, length - self.room :].roll(length % self.room, 2)
 
     def step(self, tokens: Tensor) -> Tensor:
-        n, room, heads, groups = self.count, self.room, self.heads, self.groups
+        n, room, groups = self.count, self.room, self.groups
         seen = min(n + 1, room)
         now = self.kept.select(3, n % room).unbind(0)
         past = self.kept.narrow(3, 0, seen)
@@ -104,15 +105,28 @@ class Compact:
         rows = len(x)
         if self.added is not None:
             x += self.added[n]
+        found, turning, halves, q, both = self._views(rows)
         for i, layer in enumerate(self.layers):
-            found = self._turned(layer.qkv(layer.norm(x)).view(rows, -1, self.width), rope)
-            now[i].copy_(found.narrow(1, heads, 2 * groups))
-            q = found.narrow(1, 0, heads).view(rows, groups, -1, self.width)  # heads of a group are queries of one head
-            out = F.scaled_dot_product_attention(q, keys[i], values[i], mask, scale=layer.scale)
+            found.copy_(layer.qkv(layer.norm(x)))
+            if rope is not None:
+                swapped = torch.cat(halves, -1)
+                turning.mul_(rope[0]).addcmul_(swapped, rope[1])
+            now[i].copy_(both)
+            out = F.scaled_dot_product_attention(q.to(self.dtype), keys[i], values[i], mask, scale=layer.scale)
             x += layer.proj(out.reshape(rows, -1).to(self.kind))
             x += layer.ffn(layer.ffn_norm(x))
         self.count += 1
         return self.head(self.norm(x))
+
+    def _views(self, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """A buffer (B, E) for what a layer projects, and views: what rotates, its halves swapped, queries, the rest."""
+        if self.views is None or len(self.views[0]) != rows:
+            heads, groups, width = self.heads, self.groups, self.width
+            buffer = self.kept.new_empty(rows, heads + 2 * groups, width, dtype=self.wide)
+            turning, first, second = buffer[:, : heads + groups], *buffer[:, : heads + groups].chunk(2, -1)
+            q = buffer[:, :heads].view(rows, groups, -1, width)  # heads of a group are queries of one head
+            self.views = (buffer.flatten(1), turning, (second, first), q, buffer[:, heads:])
+        return self.views
 
     def _mask(self, seen: int) -> Tensor:
         """(B, 1, 1, S) to add; a full ring holds the last positions, rotated."""

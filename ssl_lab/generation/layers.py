@@ -170,11 +170,11 @@ def _ffn(module: nn.Module) -> Map:
     if weight.dtype == torch.float32 or weight.numel() > 2**19:  # else an operation less gains more than a copy costs
         gate, up = _map(module.gate), _map(module.up)
         return lambda x: down(act(gate(x)).mul_(up(x)))
-    hidden, biases = module.gate.out_features, (module.gate.bias, module.up.bias)
+    biases = (module.gate.bias, module.up.bias)
     both = product(torch.cat([module.gate.weight, module.up.weight]), None if biases[0] is None else torch.cat(biases))
 
     def glu(x: Tensor) -> Tensor:
-        wide = both(x)
-        return down(act(wide.narrow(1, 0, hidden)).mul_(wide.narrow(1, hidden, hidden)))
+        first, second = both(x).chunk(2, 1)
+        return down(act(first).mul_(second))
 
     return glu
