@@ -20,8 +20,8 @@ COMMON = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "num_heads": 4, "hidden": 
 BERT = {"family": "bert", **COMMON, "num_types": 3, "eps": 1e-12}
 GPT2 = {"family": "gpt2", **COMMON, "eps": 1e-5, "tied": True}
 LLAMA = {
-    "family": "llama", **COMMON, "num_kv_heads": 2, "head_dim": 6, "window": None, "base": 5e4, "eps": 1e-6,
-    "tied": False,
+    "family": "llama", **COMMON, "num_kv_heads": 2, "head_dim": 6, "window": None, "base": 5e4, "scaling": None,
+    "eps": 1e-6,     "tied": False,
 }  # fmt: skip
 ROUNDED = 1e-6  # transformers turns queries and keys by angles of float32
 
@@ -163,6 +163,25 @@ def mistral():
     facts = LLAMA | {"window": 4, "tied": True}
     config = transformers.MistralConfig(**hf_llama.arguments(facts), attn_implementation="sdpa")
     return *pair(transformers.MistralForCausalLM, config, facts, hf_llama), facts, hf_llama, ROUNDED
+
+
+YARN = {
+    "kind": "yarn", "factor": 4.0, "original_length": 8, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
+    "truncate": True,
+}  # fmt: skip
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "low": 1.0, "high": 4.0, "original_length": 8}
+
+
+@pytest.mark.parametrize("scaling", [{"kind": "linear", "factor": 4.0}, YARN, LLAMA3], ids=lambda s: s["kind"])
+def test_stretched_positions_are_transformers(scaling):
+    facts = LLAMA | {"scaling": scaling}
+    config = transformers.LlamaConfig(**hf_llama.arguments(facts), attn_implementation="sdpa")
+    assert hf_llama.facts(config) == facts
+    theirs, ours = pair(transformers.LlamaForCausalLM, config, facts, hf_llama)
+    a, b = ours.logits(ours(ids()).tokens), theirs(ids(), use_cache=False).logits
+    assert gap(a, b) <= ROUNDED
+    plain = pair(transformers.LlamaForCausalLM, transformers.LlamaConfig(**hf_llama.arguments(LLAMA)), LLAMA, hf_llama)
+    assert gap(a, plain[1].logits(plain[1](ids()).tokens)) > 1e-3
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, mistral])

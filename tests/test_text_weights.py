@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import gap, randomise
 from safetensors.torch import save_file
-from test_parity_text import BERT, GPT2, LLAMA
+from test_parity_text import BERT, GPT2, LLAMA, LLAMA3
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.text import TextEncoder
@@ -30,7 +30,8 @@ TRANSFORMER = {
     "family": "transformer", "vocab_size": 37, "dim": 32, "depth": [2, 2], "num_heads": 4, "hidden": 48,
     "max_length": 64, "eps": 1e-5, "halves": False, "scaled": "embedding", "tied": True,
 }  # fmt: skip
-ALL = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "t5": T5, "t5_v1_1": T5_V11}
+LLAMA_3 = LLAMA | {"scaling": LLAMA3}
+ALL = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA, "llama3": LLAMA_3, "mistral": MISTRAL, "t5": T5, "t5_v1_1": T5_V11}
 
 
 def model(facts, seed=0):
@@ -194,6 +195,8 @@ def saved(facts, folder):
     [
         (GPT2, {"max_length": 32}, "method.decoder.max_length=64"),
         (LLAMA, {"num_kv_heads": 4, "base": 1e4}, "positions.base=50000.0 method.decoder.block.num_kv_heads=2"),
+        (LLAMA_3, {"scaling": None}, "positions.scaling.factor=8.0 method.decoder.positions.scaling.low=1.0"),
+        (LLAMA, {"scaling": LLAMA3}, "method.decoder.positions.scaling=null"),
         (MISTRAL, {"window": None}, "method.decoder.window=4"),
         (BERT, {"depth": 3, "num_types": 2}, "method.encoder.depth=2 method.encoder.num_types=3"),
         (T5_V11, {"gated": False, "tied": True}, "method.model.tied=false method.model.block.gated=true"),
@@ -247,16 +250,16 @@ def test_files_that_are_no_language_model(tmp_path):
 SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"model_type": "gpt2", "activation_function": "relu"}, "its activation is relu"),
         ({"model_type": "bert", "hidden_act": "relu"}, "its activation is relu"),
         ({"model_type": "llama", "attention_bias": True}, "it has biases"),
-        (
-            {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "linear",
-        ),
+        ({"model_type": "llama", "rope_parameters": DYNAMIC}, r"scaled in a way that ours are not \(dynamic\)"),
         ({"model_type": "t5", "feed_forward_proj": "gated-silu"}, "its activation is silu"),
         ({"model_type": "xlnet"}, "'xlnet'; a language model takes bert, gpt2, llama"),
     ],
@@ -389,7 +392,7 @@ def test_smollm2s_tokenizer(smollm2):
     *_, backend, config, tokens = smollm2
     assert (config["bos_token"], config["eos_token"], config["pad_token"]) == ("<|im_start|>",) + ("<|im_end|>",) * 2
     said = (
-        "Hello world! It's2024,3.14159 -- na\u00efve caf\u00e9\n\n  def f(x):\n\treturn x**2 <|im_start|>user\n \u65e5"
+        "Hello world! It's2024,3.14159 -- na\u00efve \u00e9t\u00e9\n\n  def f(x):\n\treturn x**2 <|im_start|>user\n \u65e5"
     )
     assert backend.encode(said).ids == tokens(said)["input_ids"]
     assert backend.decode(backend.encode(said).ids, skip_special_tokens=False) == said

@@ -4,6 +4,7 @@ Facts are plain JSON: they stand in the header of our files, are read off transf
 are compared before weights are loaded.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ssl_lab.nn.recipes import (
     t5_block,
     transformer_block,
 )
+from ssl_lab.nn.rope import LinearScaling, Llama3Scaling, Scaling, YaRN
 
 Facts = Mapping[str, Any]
 LanguageModel = Decoder | TextEncoder | EncoderDecoder
@@ -45,10 +47,11 @@ _BASIC = ("family", "vocab_size", "dim", "depth", "num_heads", "hidden", "max_le
 NAMES = {
     "bert": (*_BASIC, "num_types"),
     "gpt2": (*_BASIC, "tied"),
-    "llama": (*_BASIC, "num_kv_heads", "head_dim", "window", "base", "tied"),
+    "llama": (*_BASIC, "num_kv_heads", "head_dim", "window", "base", "scaling", "tied"),
     "t5": (*_BASIC, "head_dim", "gated", "num_buckets", "max_distance", "scaled", "tied"),
     "transformer": (*_BASIC, "halves", "scaled", "tied"),
 }
+SCALINGS = {"linear": LinearScaling, "yarn": YaRN, "llama3": Llama3Scaling}
 _ACTS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "silu": F.silu}
 
 
@@ -102,7 +105,7 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
     if isinstance(positions, Relative):
         facts |= {"num_buckets": positions.table.num_buckets, "max_distance": positions.table.max_distance}
     elif isinstance(positions, Rotary):
-        facts |= {"base": positions.base, "rotated": positions.head_dim}
+        facts |= {"base": positions.base, "rotated": positions.head_dim, "scaling": _scaling(positions.scaling)}
     elif isinstance(positions, Sinusoidal):
         facts["halves"] = positions.halves
     facts |= shape
@@ -116,7 +119,9 @@ def arguments(facts: Facts) -> dict[str, Any]:
     out |= {name: f[name] for name in ("num_types", "window", "scaled", "tied") if name in f}
     shape = {"hidden": f["hidden"], "eps": f["eps"]}
     if family == "llama":
-        out["positions"] = functools.partial(Rotary, base=f["base"], head_dim=f["head_dim"])
+        scaling = dict(f["scaling"] or {})
+        stretched = SCALINGS[scaling.pop("kind")](**scaling) if scaling else None
+        out["positions"] = functools.partial(Rotary, base=f["base"], head_dim=f["head_dim"], scaling=stretched)
         out["block"] = functools.partial(llama_block, num_kv_heads=f["num_kv_heads"], head_dim=f["head_dim"], **shape)
     elif family == "t5":
         out["positions"] = functools.partial(Relative, num_buckets=f["num_buckets"], max_distance=f["max_distance"])
@@ -144,9 +149,21 @@ def settings(facts: Facts) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> Any:
-    if not isinstance(value, functools.partial):
-        return value
-    return {"_target_": f"{value.func.__module__}.{value.func.__qualname__}", "_partial_": True, **value.keywords}
+    if isinstance(value, functools.partial):
+        given = {name: _setting(each) for name, each in value.keywords.items()}
+        return {"_target_": f"{value.func.__module__}.{value.func.__qualname__}", "_partial_": True, **given}
+    if isinstance(value, LinearScaling | YaRN | Llama3Scaling):
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **dataclasses.asdict(value)}
+    return value
+
+
+def _scaling(found: Scaling | None) -> dict[str, Any] | None:
+    """Its kind and numbers; only the kind "another" for one that facts cannot say."""
+    if found is None:
+        return None
+    if not isinstance(found, LinearScaling | YaRN | Llama3Scaling):
+        return {"kind": "another"}
+    return {"kind": next(name for name, cls in SCALINGS.items() if type(found) is cls), **dataclasses.asdict(found)}
 
 
 def _block_facts(block: nn.Module, positions: nn.Module) -> tuple[_Traits, dict[str, Any]] | None:
@@ -183,5 +200,6 @@ def _told(model: nn.Module, facts: Facts) -> bool:
         and ("num_kv_heads" in names or facts["num_kv_heads"] == heads)
         and ("head_dim" in names or facts["head_dim"] * heads == facts["dim"])
         and facts.get("rotated", facts["head_dim"]) == facts["head_dim"]
+        and (facts.get("scaling") or {}).get("kind") != "another"
         and ("window" in names or facts.get("window") is None)
     )

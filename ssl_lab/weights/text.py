@@ -198,7 +198,8 @@ def _unlike(here: Mapping[str, Any], there: Mapping[str, Any], family: str) -> d
     """Settings by their path that differ: (here, there). How many positions exist is a fact only of a learned table."""
     old, new = _flat(here), _flat(there)
     free = () if family in ("bert", "gpt2") else ("max_length",)
-    return {name: (old.get(name), new[name]) for name in new if name not in free and old.get(name) != new[name]}
+    unlike = [name for name in new if name not in free and (name not in old or old[name] != new[name])]
+    return {name: (old.get(name), new[name]) for name in unlike}
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

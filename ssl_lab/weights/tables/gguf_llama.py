@@ -52,6 +52,7 @@ def facts(metadata: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         "max_length": known["context_length"],
         "window": known.get("attention.sliding_window"),
         "base": float(known.get("rope.freq_base", 10000.0)),
+        "scaling": None,
         "eps": known["attention.layer_norm_rms_epsilon"],
         "tied": tied,
     }

@@ -42,6 +42,7 @@ def facts(config: Any) -> dict[str, Any]:
         "max_length": config.max_position_embeddings,
         "window": getattr(config, "sliding_window", None),
         "base": float(rope["rope_theta"]),
+        "scaling": _scaling(rope, config.max_position_embeddings),
         "eps": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
     }
@@ -53,8 +54,11 @@ def refusal(config: Any) -> str | None:
         return f"its activation is {config.hidden_act}, ours SiLU"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "it has biases, ours has none"
-    if (kind := config.rope_parameters.get("rope_type", "default")) != "default":
-        return f"its rotary positions are scaled ({kind}), ours are not"
+    rope = config.rope_parameters
+    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "yarn", "llama3"):
+        return f"its rotary positions are scaled in a way that ours are not ({kind})"
+    if rope.get("mscale") or rope.get("mscale_all_dim"):
+        return "its rotary positions sharpen scores in a way of their own (mscale)"
     return None
 
 
@@ -72,5 +76,32 @@ def arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": facts["max_length"],
         "rms_norm_eps": facts["eps"],
         "tie_word_embeddings": facts["tied"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": facts["base"]},
+        "rope_parameters": {"rope_theta": facts["base"], **_rope_parameters(facts["scaling"])},
     }
+
+
+def _scaling(rope: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """Ours for theirs; `length` is that of the training where nothing else is said."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    given = {ours: rope[theirs] for ours, theirs in _NAMES[kind].items() if rope.get(theirs) is not None}
+    if kind == "yarn":
+        defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}
+        given = defaults | {"original_length": length} | given
+    return {"kind": kind} | given
+
+
+def _rope_parameters(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    given = {theirs: scaling[ours] for ours, theirs in _NAMES[scaling["kind"]].items() if scaling[ours] is not None}
+    return {"rope_type": scaling["kind"]} | given
+
+
+_ORIGINAL = {"original_length": "original_max_position_embeddings"}
+_NAMES: dict[str, dict[str, str]] = {
+    "linear": {"factor": "factor"},
+    "yarn": {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate")} | _ORIGINAL,
+    "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"} | _ORIGINAL,
+}
