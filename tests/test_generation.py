@@ -10,6 +10,7 @@ import torch
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.bench.harness import make as make_step
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import pad_left
 from ssl_lab.generation.beam import Beam, beam_search
@@ -442,3 +443,11 @@ def test_only_whole_characters_are_given():
     assert "".join(parts) == text and not words.rest()
     assert parts[0] == "a" and parts[1] == "" and parts[2] == "\u00e9"
     assert [words.push(0xE2), words.push(0x82)] == ["", ""] and words.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_harness_gets_a_text(precision):
+    sizes = {"vocab": V, "dim": 16, "depth": 1, "heads": 2, "ffn": 24, "prompt": 4, "new": 3}
+    step = make_step("llama_gen", sizes | {"device": "cpu", "precision": precision}, {"ids": prompts(4)[0][None]})
+    assert step() == 0 and step.params > 0
+    assert next(step.decoder.parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
