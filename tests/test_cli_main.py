@@ -57,7 +57,7 @@ def test_help_of_a_verb_has_examples_and_choices(name, capsys):
     text = capsys.readouterr().out
     assert "Examples" in text
     if name == "train":
-        for word in ("mae, moco", "shapes", "vit_s16", "duration=10 epochs", "quickstart"):
+        for word in ("mae, masked_lm", "shapes", "vit_s16", "duration=10 epochs", "quickstart"):
             assert word in text
 
 
