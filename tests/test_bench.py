@@ -138,21 +138,30 @@ CFG = {
     "img": SIDE, "patch": PATCH, "dim": DIM, "depth": DEPTH, "heads": 4, "classes": CLASSES, "dec_dim": 16,
     "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "n_global": 2, "hidden": 32, "bottleneck": 16, "protos": 32,
     "out": 16, "T": 0.2, "device": "cpu", "precision": "bf16", "lr": 1e-4,
+    "tdim": 16, "tdepth": 1, "theads": 2, "ctx": 6, "vocab": 40, "emb": 8, "ffn": 24, "seq": 6, "prompt": 4, "new": 3,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["mae", "dino", "moco", "vit", "vit_infer"])
+@pytest.mark.parametrize("family", ["mae", "dino", "moco", "vit", "vit_infer", "clip", "llama"])
 def test_the_harness_gets_a_step(family):
     image = batch()["image"]
     inputs = {"images": image, "labels": batch()["target"], "views": [image, image.flip(-1)]}
-    inputs |= {"global": inputs["views"], "local": [image[..., :PATCH, :PATCH]]}
+    tokens = torch.randint(1, 39, (len(image), 6), generator=torch.Generator().manual_seed(0))
+    tokens[:, -1] = 39
+    inputs |= {"global": inputs["views"], "local": [image[..., :PATCH, :PATCH]], "text": tokens, "ids": tokens}
     step = make(family, CFG, inputs)
     assert step.params > 1000
     assert torch.isfinite(step()) and torch.isfinite(step())
 
 
 def test_the_harness_gets_none_for_what_we_do_not_have():
-    assert make("llama", CFG, {}) is None
+    assert make("conformer", CFG, {}) is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_harness_gets_a_text(precision):
+    text = make("llama_gen", CFG | {"precision": precision}, {"ids": torch.arange(4)[None]})
+    assert text.params > 1000 and torch.isfinite(torch.as_tensor(text()))
 
 
 def test_a_report_is_json_and_a_table(tmp_path):
