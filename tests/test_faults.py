@@ -104,7 +104,7 @@ def test_old_ones_go_and_two_stay(tmp_path):
         files.save_checkpoint(content(step), tmp_path / f"step={step}.ckpt")
     assert [p.name for p in stored(tmp_path)] == ["step=10.ckpt", "step=11.ckpt"]
     assert sorted(p.name for p in tmp_path.glob("*.json")) == ["step=10.json", "step=11.json"]
-    with pytest.raises(UserError, match="keep=1"):
+    with pytest.raises(UserError, match="keep_checkpoints=1"):
         CheckpointFiles(keep=1)
 
 

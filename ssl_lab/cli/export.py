@@ -20,6 +20,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE
 from ssl_lab.methods.supervised import Supervised
 from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
+from ssl_lab.train import average as mean
 from ssl_lab.train import checkpoint
 from ssl_lab.types import EmbedsPairs
 from ssl_lab.weights import export, io, pairs_export, text_export
@@ -49,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     out = Path(cfg.out) if cfg.out else (run_folder(path) or path.parent) / "export" / cfg.to
     if out.is_file() or out.suffix == ".safetensors":
         raise UserError(f"out={out} must be a folder; the files inside have the names that the library expects")
-    method, stats = _read(path, list(cfg.trust))
+    method, stats = _read(path, list(cfg.trust), cfg.average)
     if isinstance(method, EmbedsPairs):
         writers |= _of_pairs(run_folder(path))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> None:
         print("how its images were normalised is not known here: normalise them as in training")
 
 
-def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
+def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Stats | None]:
     """The method of a run folder or checkpoint, or the backbone of a safetensors file; how its images were normalised.
 
     Raises:
@@ -91,7 +92,7 @@ def _read(path: Path, trust: list[str]) -> tuple[nn.Module, Stats | None]:
     config = load_config(folder, trust)
     method: nn.Module = instantiate(without_downloads(config["method"]), _convert_="all")
     try:
-        method.load_state_dict(checkpoint.read(found)["state_dict"])
+        method.load_state_dict(mean.read(path if average > 1 else found, average)["state_dict"])
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None

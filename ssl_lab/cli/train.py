@@ -174,7 +174,7 @@ class Training:
         ]
         if cfg.trainer.enable_progress_bar:
             callbacks.append(StepBar(self.console))
-        return make_trainer(cfg.trainer, self.out, callbacks)
+        return make_trainer(cfg.trainer, self.out, callbacks, cfg.keep_checkpoints)
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
         """In training, where logging is the callback's business."""

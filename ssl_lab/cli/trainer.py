@@ -26,8 +26,10 @@ _NOISE = (  # advice that does not apply here
 )
 
 
-def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback], keep: int = 2) -> L.Trainer:
     """The Trainer of a configuration; how many steps it runs is set as soon as its number of devices is known.
+
+    `keep` checkpoints stay in the run folder.
 
     Raises:
         UserError: a value that Lightning refuses, or would quietly replace.
@@ -35,7 +37,7 @@ def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback]) -> L.
     require_precision(node.precision, node.accelerator)
     if node.log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={node.log_every_n_steps}: give 1 or more optimizer steps")
-    plugins: list[Any] = [CheckpointFiles()]
+    plugins: list[Any] = [CheckpointFiles(keep)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the exit code of a signal asks for it
     try:
