@@ -122,7 +122,7 @@ def _caption_column(rows: "datasets.Dataset", image: str, given: str | None, ori
         raise UserError(f"{origin}: column {given!r} {kind}; texts are in {', '.join(texts) or 'no column'}")
     found = given or next((x for x in _CAPTION_NAMES if x in texts), texts[0] if len(texts) == 1 else None)
     if found is None:
-        raise UserError(f"{origin} has no column of captions: set caption_column, to one of {', '.join(texts)}")
+        raise UserError(f"{origin} has no caption column: set caption_column to one of {', '.join(texts) or 'none'}")
     return found
 
 
