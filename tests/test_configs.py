@@ -27,7 +27,10 @@ def choosing(group, choice):
     if group == "backbone" and (tower := choice.partition("_")[0]) in ("clip", "siglip"):
         place = f"backbone@method.{'text' if '_text' in choice else 'image'}.backbone"
         assert tower in METHODS
-    return [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}", *([PATH] if group == "data" else [])]
+    beside = {"pixels": ["data=cifar10_pixels"], "cifar10_pixels": ["views@data.views=pixels"]}.get(choice, [])
+    beside += ["method.decoder.max_length=256"] if beside else []
+    place = [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}"]
+    return [*place, *beside, *([PATH] if group == "data" else [])]
 
 
 READERS = {  # of what neither images give nor a method chooses by itself
@@ -35,6 +38,8 @@ READERS = {  # of what neither images give nor a method chooses by itself
     **{("data", name): "masked_lm" for name in ("text", "tinyshakespeare", "passages")},
     **{("data", name): method for name, method in [("sst2", "text_classification"), ("multi30k", "seq2seq")]},
     ("data", "xquad"): "span_qa",
+    ("data", "cifar10_pixels"): "causal_lm",
+    ("views", "pixels"): "causal_lm",
 }
 FAMILIES = {
     "clip_": "clip",

@@ -20,19 +20,16 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
     Raises:
         UserError: weights that no ViT of ours can take, or a method that cannot take such an encoder.
     """
-    torch.manual_seed(seed)
-    try:
-        return build(node)
-    except InstantiationException as error:
-        other = _cause(error)
-        if other is not None and _adopt_towers(node, other.arguments):
-            say(f"towers: as in {node.weights}")
-            torch.manual_seed(seed)
+    for _ in range(3):  # each of two towers may have weights of its own
+        torch.manual_seed(seed)
+        try:
             return build(node)
-        if other is None or not _adopt(node, other.arguments):
-            raise
-    told = ", ".join(_told(name.removeprefix("block."), value) for name, value in io.flat(other.arguments).items())
-    say(f"encoder: {told}, as in {node.encoder.weights}")
+        except InstantiationException as error:
+            other = _cause(error)
+            told = None if other is None else _adopt_towers(node, other) or _adopt(node, other)
+            if told is None:
+                raise
+            say(told)
     torch.manual_seed(seed)
     return build(node)
 
@@ -50,9 +47,10 @@ def decided_by_data(node: Any, data: DataModule) -> None:
     for part in _nodes(node):
         if part.get("vocab_size") != 0:
             continue
-        if data.tokenizer is None:
+        size = getattr(data.views, "vocab_size", None) if data.tokenizer is None else data.tokenizer.vocab_size
+        if size is None:
             raise UserError("this method reads text, and the data are none: choose e.g. data=captions or data=text")
-        part["vocab_size"] = data.tokenizer.vocab_size
+        part["vocab_size"] = size
     if node.get("start_token") == -1 and (tokenizer := data.tokenizer) is not None:
         known = (x for x in (tokenizer.pad, tokenizer.bos, tokenizer.eos) if x is not None)
         node["start_token"] = next(known, 0)
@@ -82,30 +80,38 @@ def _cause(error: BaseException | None) -> io.OtherArchitecture | None:
     return error
 
 
-def _adopt(node: DictConfig, arguments: dict[str, Any]) -> bool:
-    """Enter them at the encoder; False where it has no such node, or the data decide (channels)."""
-    encoder = OmegaConf.select(node, "encoder")
+def _adopt(node: DictConfig, other: io.OtherArchitecture) -> str | None:
+    """Enter what the weights of a backbone decide where they are asked for, and tell it.
+
+    None where there is no such place, or the data decide (channels).
+    """
+    arguments = other.arguments
     block = arguments.get("block", {})
-    if "in_chans" in arguments or not isinstance(encoder, DictConfig):
-        return False
-    if block and not isinstance(encoder.get("block"), DictConfig):
-        return False
-    with open_dict(node):
-        for name, value in arguments.items():
-            if name != "block":
-                encoder[name] = value
-        for name, value in block.items():
-            encoder.block[name] = value
-    return True
+    for place in ("encoder", "image.backbone", "text.backbone"):
+        encoder = OmegaConf.select(node, place)
+        if not isinstance(encoder, DictConfig) or not str(other).startswith(f"{encoder.get('weights')} does not fit"):
+            continue
+        if "in_chans" in arguments or (block and not isinstance(encoder.get("block"), DictConfig)):
+            return None
+        with open_dict(node):
+            for name, value in arguments.items():
+                if name != "block":
+                    encoder[name] = value
+            for name, value in block.items():
+                encoder.block[name] = value
+        told = (_told(name.removeprefix("block."), value) for name, value in io.flat(arguments).items())
+        return f"{place}: {', '.join(told)}, as in {encoder.weights}"
+    return None
 
 
-def _adopt_towers(node: DictConfig, arguments: dict[str, Any]) -> bool:
-    """Enter the arguments of several towers; False where they are of something else."""
-    if not arguments or any(OmegaConf.select(node, f"{name}.backbone") is None for name in arguments):
-        return False
+def _adopt_towers(node: DictConfig, other: io.OtherArchitecture) -> str | None:
+    """The same for the weights of several towers."""
+    places = [f"{name}.backbone" for name in other.arguments]
+    if not places or any(OmegaConf.select(node, place) is None for place in places):
+        return None
     with open_dict(node):
-        node.merge_with(arguments)
-    return True
+        node.merge_with(other.arguments)
+    return f"towers: as in {node.weights}"
 
 
 def _told(name: str, value: Any) -> str:
