@@ -183,7 +183,7 @@ def test_an_untrained_encoder_depends_on_the_seed_alone(tmp_path):
         (["ckpt=RUN", "suite=vision", "eval.low_shot.fractions=[2]"], "low_shot.fractions=[2]"),
         (
             ["ckpt=runs/no_such.safetensors", "suite=vision"],
-            "a run folder, a .ckpt, a .safetensors, timm:<name> or hf:",
+            "a run folder, a .ckpt, a .safetensors, timm:<name>, hf:",
         ),
         (["ckpt=timm:vit_tiny_patch16_224", "suite=vision"], "weights alone need a method whose encoder they fit"),
         (["ckpt=timm:vit_tinny_patch16_224", "suite=vision", *ARCHITECTURE], "timm has no model"),

@@ -33,7 +33,8 @@ DECODER = {
 
 
 def export_to(ckpt, to, out=None, trust=()):
-    run(OmegaConf.create({"ckpt": str(ckpt), "to": to, "out": None if out is None else str(out), "trust": list(trust)}))
+    given = {"ckpt": str(ckpt), "to": to, "out": None if out is None else str(out), "trust": list(trust), "average": 1}
+    run(OmegaConf.create(given))
 
 
 def finished(folder, method, config):

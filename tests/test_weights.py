@@ -99,7 +99,7 @@ def test_a_saved_backbone_builds_itself(tmp_path, changes):
 
 
 def test_any_hidden_width_survives_its_ratio():
-    assert all(int(dim * io._ratio(hidden, dim)) == hidden for dim in range(1, 300) for hidden in range(1, 300))
+    assert all(int(dim * io.ratio(hidden, dim)) == hidden for dim in range(1, 300) for hidden in range(1, 300))
 
 
 def test_a_saved_timm_model_builds_itself(tmp_path):
