@@ -62,7 +62,7 @@ def test_linear_and_inverse_sqrt():
     paper = [dim**-0.5 * min(n**-0.5, n * warmup**-1.5) for n in range(1, steps + 1)]
     ours = Optim(lr=(dim * warmup) ** -0.5, schedule="inverse_sqrt", warmup=warmup / steps)
     assert [ours.lr * ours.lr_factor(n / steps) for n in range(1, steps + 1)] == pytest.approx(paper)
-    with pytest.raises(UserError, match="optim.warmup above 0"):
+    with pytest.raises(UserError, match=r"optim\.warmup above 0"):
         Optim(schedule="inverse_sqrt", warmup=0.0)
 
 

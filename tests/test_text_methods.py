@@ -1,6 +1,5 @@
 """The methods of text: their losses are those of transformers and fairseq, packing and padding change nothing."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

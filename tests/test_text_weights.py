@@ -392,7 +392,8 @@ def test_smollm2s_tokenizer(smollm2):
     *_, backend, config, tokens = smollm2
     assert (config["bos_token"], config["eos_token"], config["pad_token"]) == ("<|im_start|>",) + ("<|im_end|>",) * 2
     said = (
-        "Hello world! It's2024,3.14159 -- na\u00efve \u00e9t\u00e9\n\n  def f(x):\n\treturn x**2 <|im_start|>user\n \u65e5"
+        "Hello world! It's2024,3.14159"
+        " -- na\u00efve \u00e9t\u00e9\n\n  def f(x):\n\treturn x**2 <|im_start|>user\n \u65e5"
     )
     assert backend.encode(said).ids == tokens(said)["input_ids"]
     assert backend.decode(backend.encode(said).ids, skip_special_tokens=False) == said
