@@ -7,6 +7,7 @@ import pytest
 import torch
 from parity import gap, gradients, randomise
 from torch import nn
+from training import run, same_end
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.text import TextEncoder
@@ -268,3 +269,34 @@ def test_mistakes_are_one_line_before_training():
     given["valid"] = torch.ones(SIZE, LENGTH + 1, dtype=torch.bool)
     with pytest.raises(UserError, match="longer than the model's context"):
         method.step(given, 0.5)
+
+
+WORDS = [
+    "data.train.length=40",
+    "data.test.length=16",
+    "data.batch_size=8",
+    "method.image.backbone.dim=32",
+    "method.image.backbone.depth=2",
+    "method.image.backbone.num_heads=2",
+    "method.image.backbone.patch_size=8",
+    "method.text.backbone.dim=32",
+    "method.text.backbone.depth=1",
+    "method.text.backbone.num_heads=2",
+    "method.keep=0.5",
+    "method.chunk=4",
+    "duration=8steps",
+    "save_steps=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "data.tokenizer.vocab_size=300",
+]
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
+    words = [f"method={name}", *WORDS, *(["method.text.embed_dim=16", "method.image.embed_dim=16"] * (name == "clip"))]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run([*words, f"out={whole}"]) == 0
+    assert run([*words, f"out={out}"], ("backward", 6)) == -9
+    assert run([*words, f"out={out}"]) == 0
+    same_end(whole, out)

@@ -22,7 +22,9 @@ TOY = {
     "eval": "[collapse]",
 }
 VIT = {"method.encoder.depth": "1", "method.encoder.dim": "32", "method.encoder.num_heads": "2"}
+BACKBONE = {name.replace("encoder", "backbone").removeprefix("method."): value for name, value in VIT.items()}
 DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
+PAIR = {f"method.{tower}.{name}": value for tower in ("image", "text") for name, value in BACKBONE.items()}
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
     "simclr": {"method.hidden": "32"},
@@ -53,7 +55,7 @@ def toy(words: list[str]) -> list[str]:
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
         if not re.search(r"encoder=timm|backbone=resnet|method=causal_lm", text):
-            more |= VIT
+            more |= PAIR if re.search(r"(experiment|method)=(clip|siglip)", text) else VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]
         more |= HEADS[names[0]] if names else {}

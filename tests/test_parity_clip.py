@@ -6,11 +6,15 @@ import pytest
 import torch
 from parity import gap, gradients, images, randomise
 
+from ssl_lab.backbones.vit import ViT
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
+from ssl_lab.cli.starting import build_method
 from ssl_lab.errors import UserError
 from ssl_lab.methods.clip import CLIP
 from ssl_lab.methods.siglip import SigLIP
 from ssl_lab.types import Batch
-from ssl_lab.weights import io, pairs, pairs_export
+from ssl_lab.weights import io, pairs, pairs_export, sources
 from ssl_lab.weights.pair_facts import facts_of, settings, towers
 from ssl_lab.weights.rename import rename
 from ssl_lab.weights.tables import hf_clip, hf_siglip, open_clip
@@ -275,3 +279,23 @@ def test_facts_are_silent_on_what_no_family_has(change):
     assert facts_of(ours) == FACTS
     change(ours)
     assert facts_of(ours) == {}
+
+
+def test_a_run_takes_its_towers_from_weights(tmp_path):
+    """All that the weights decide, the configuration takes over: of a pair, and of one tower alone."""
+    theirs_hf(FACTS).float().save_pretrained(tmp_path / "clip")
+    io.save(ViT(32, 1, 4, image_size=32, patch_size=8), tmp_path / "vit.safetensors")
+
+    def begun(*words):
+        cfg = compose("train", ["method=clip", "data.train.context_length=16", *words], [conf_folder()])
+        cfg.method.text.backbone.vocab_size, said = VOCAB, []
+        return build_method(cfg.method, 0, said.append), said
+
+    ours, said = begun(f"method.weights=hf:{tmp_path}/clip", "data.image_size=32")
+    assert facts_of(ours) == FACTS and said == [f"towers: as in hf:{tmp_path}/clip"]
+    small = ["method.text.backbone.dim=32", "method.text.backbone.depth=1", "method.text.backbone.num_heads=2"]
+    place = "method.image.backbone"
+    ours, said = begun(f"backbone@{place}=vit_s16", f"{place}.weights={tmp_path}/vit.safetensors", *small)
+    assert said == [f"image.backbone: dim 32, depth 1, patch_size 8, num_heads 4, as in {tmp_path}/vit.safetensors"]
+    saved, _ = sources.read_safetensors(tmp_path / "vit.safetensors")
+    assert all(torch.equal(ours.encoder.state_dict()[name], value) for name, value in saved.items())

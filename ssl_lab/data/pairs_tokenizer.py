@@ -56,7 +56,8 @@ def trained(
 
 @lru_cache(maxsize=4)
 def _trained(path: str, kind: Kind, vocab_size: int, column: str | None, split: str, stamp: int) -> Tokenizer:
-    special = {"character": ["<pad>", BEGIN, END, "<unk>"], "wordpiece": [BEGIN, END]}.get(kind, ["<pad>", BEGIN, END])
+    # The end is not token 2: with that number transformers' CLIP reads a text at its largest id.
+    special = {"character": ["<pad>", END, BEGIN, "<unk>"], "wordpiece": [BEGIN, END]}.get(kind, ["<pad>", END, BEGIN])
     return Tokenizer(train(_texts(path, column, split), kind, vocab_size, special, origin=path))
 
 
