@@ -101,8 +101,8 @@ def _run_of(spec: str | None) -> Path | None:
         return None
     if not Path(spec).exists():
         raise UserError(
-            f"ckpt={spec} does not exist; give a run folder, a .ckpt, a .safetensors, timm:<name> or hf:<folder>, for "
-            "images and texts also open_clip:<folder>"
+            f"ckpt={spec} does not exist; give a run folder, a .ckpt, a .safetensors, timm:<name>, hf:<folder> or "
+            "open_clip:<folder>"
         )
     return run_folder(Path(spec))
 
