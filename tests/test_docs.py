@@ -25,8 +25,11 @@ VIT = {"method.encoder.depth": "1", "method.encoder.dim": "32", "method.encoder.
 BACKBONE = {name.replace("encoder", "backbone").removeprefix("method."): value for name, value in VIT.items()}
 DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
 PAIR = {f"method.{tower}.{name}": value for tower in ("image", "text") for name, value in BACKBONE.items()}
+MODEL = {f"method.model.{name.rpartition('.')[2]}": value for name, value in VIT.items()}
+TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)_)"
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
+    **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
     "simclr": {"method.hidden": "32"},
     "moco": {"method.queue_size": "32"},
     "moco_v3": {"method.hidden": "32"},
@@ -54,14 +57,14 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if not re.search(r"encoder=timm|backbone=resnet|method=causal_lm", text):
+        if not re.search(r"encoder=timm|backbone=resnet|method=(causal_lm|seq2seq|span_cor)|t5_", text):
             more |= PAIR if re.search(r"(experiment|method)=(clip|siglip)", text) else VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]
         more |= HEADS[names[0]] if names else {}
         if re.search(r"(experiment=(mae|quickstart)|method=mae)", text):
             more |= DECODER
-    if not re.search(r"folder|ckpt=|data\.path=", text):
+    if not re.search(rf"folder|ckpt=|data\.path=|{TEXT}", text):
         more |= SHAPES
     words = ["duration=4steps" if w.startswith("duration=") else w for w in words]
     given = {w.split("=")[0].lstrip("+") for w in words}

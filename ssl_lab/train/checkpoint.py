@@ -40,9 +40,7 @@ class CheckpointFiles(CheckpointIO):
 
     def __init__(self, keep: int = 2) -> None:
         if keep < 2:
-            raise UserError(
-                f"keep_checkpoints={keep} could lose the only one while it is replaced; give 2 or more"
-            )
+            raise UserError(f"keep_checkpoints={keep} could lose the only one while it is replaced; give 2 or more")
         self.keep = keep
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
