@@ -125,17 +125,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_hf(name: str) -> Source:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"hf:{name} needs transformers: pip install 'ssl-lab[hf]'") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:
-        raise UserError(
-            f"hf:{name}: no config.json found ({sources.first_line(error)}); give a folder written by "
-            "save_pretrained, or a repository name and a network"
-        ) from error
+    transformers, config = sources.hf_config(name)
     if (table := HF.get(config.model_type)) is None:
         raise UserError(f"hf:{name} is a {config.model_type!r}; a pair of towers takes {', '.join(HF)}")
     if (reason := table.refusal(config)) is not None:

@@ -96,7 +96,12 @@ def check_timm_name(name: str) -> None:
     raise UserError(f"timm has no model {name!r}; {hint}")
 
 
-def _from_hf(name: str) -> Source:
+def hf_config(name: str) -> tuple[Any, Any]:
+    """The library transformers, and the configuration of one of its models: a folder or a repository.
+
+    Raises:
+        UserError: transformers is missing, or there is no such model.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -108,6 +113,11 @@ def _from_hf(name: str) -> Source:
             f"hf:{name}: no config.json found ({first_line(error)}); give a folder written by save_pretrained, or a "
             "repository name and a network"
         ) from error
+    return transformers, config
+
+
+def _from_hf(name: str) -> Source:
+    transformers, config = hf_config(name)
     if config.model_type not in HF_TABLES:
         raise UserError(f"hf:{name} is a {config.model_type!r}; a ViT takes {', '.join(HF_TABLES)}")
     if config.hidden_act != "gelu" or getattr(config, "use_swiglu_ffn", False) or not config.qkv_bias:

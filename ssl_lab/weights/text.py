@@ -122,17 +122,7 @@ def load_head(head: MaskedLMHead | PoolerHead, spec: str) -> None:
 
 def _from_hf(name: str) -> tuple[str, dict[str, Any], State]:
     """Family, facts and tensors in their names, those of the base model without its prefix."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"hf:{name} needs transformers: pip install 'ssl-lab[hf]'") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:
-        raise UserError(
-            f"hf:{name}: no config.json found ({sources.first_line(error)}); give a folder written by "
-            "save_pretrained, or a repository name and a network"
-        ) from error
+    transformers, config = sources.hf_config(name)
     if (family := MODEL_TYPES.get(config.model_type)) is None:
         raise UserError(f"hf:{name} is a {config.model_type!r}; a language model takes {', '.join(MODEL_TYPES)}")
     table = TABLES[family]
