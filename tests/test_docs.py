@@ -38,7 +38,7 @@ HEADS = {  # of methods: what they have beside the encoder, small
     "ijepa": {"method.predictor.depth": "1", "method.predictor.dim": "32", "method.predictor.num_heads": "2"},
 }
 SHAPES = {"data.train.length": "64", "data.test.length": "32"}
-NETWORK = re.compile(r"timm:|hf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b")
+NETWORK = re.compile(r"timm:|hf:|gguf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b")
 ELSEWHERE = ("pip install", "git clone", "cd ", "tensorboard", "torchrun", "wandb", "python", ".venv/bin/python")
 
 
@@ -84,6 +84,7 @@ def photos(folder: Path) -> None:
 def test_every_command_of_a_page_works(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
+    (tmp_path / "corpus.txt").write_text("".join(f"{i} small red circles stand left of a square.\n" for i in range(9999)))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for command in commands(page):
         words = shlex.split(command)
