@@ -84,7 +84,8 @@ def photos(folder: Path) -> None:
 def test_every_command_of_a_page_works(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
-    (tmp_path / "corpus.txt").write_text("".join(f"{i} small red circles stand left of a square.\n" for i in range(9999)))
+    lines = (f"{i} small red circles stand left of a square.\n" for i in range(9999))
+    (tmp_path / "corpus.txt").write_text("".join(lines))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for command in commands(page):
         words = shlex.split(command)
