@@ -158,12 +158,6 @@ def test_the_harness_gets_none_for_what_we_do_not_have():
     assert make("conformer", CFG, {}) is None
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_harness_gets_a_text(precision):
-    text = make("llama_gen", CFG | {"precision": precision}, {"ids": torch.arange(4)[None]})
-    assert text.params > 1000 and torch.isfinite(torch.as_tensor(text()))
-
-
 def test_a_report_is_json_and_a_table(tmp_path):
     from rich.console import Console
 

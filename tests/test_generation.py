@@ -1,19 +1,15 @@
 """Generated text: equal to transformers' for the same weights, whichever way it is computed."""
 
 import copy
-import functools
-import itertools
-import math
 
 import pytest
 import torch
+from language_models import NEW, PAD, V, of_theirs, pair, prompts, shaken, tiny
 
-from ssl_lab.backbones.decoder import Decoder
-from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.bench.harness import make as make_step
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import pad_left
-from ssl_lab.generation.beam import Beam, beam_search
+from ssl_lab.generation.beam import beam_search
 from ssl_lab.generation.compact import Compact
 from ssl_lab.generation.generate import generate, stream
 from ssl_lab.generation.processors import (
@@ -29,66 +25,10 @@ from ssl_lab.generation.prompts import chat, few_shot
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import Cached, stepper
 from ssl_lab.generation.words import Words
-from ssl_lab.nn.positions import ALiBi, Rotary
-from ssl_lab.nn.recipes import llama_block, rms_norm
-from ssl_lab.weights.families import make
-from ssl_lab.weights.rename import rename
-from ssl_lab.weights.tables import hf_gpt2, hf_llama, hf_t5
+from ssl_lab.nn.positions import ALiBi
+from ssl_lab.nn.recipes import llama_block
 
 transformers = pytest.importorskip("transformers")
-V, NEW, PAD = 61, 12, 2  # transformers fills with the end where its padding is 0
-TABLES = {"gpt2": hf_gpt2, "llama": hf_llama, "mistral": hf_llama, "t5": hf_t5}
-IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
-
-
-def shaken(module, seed=0, std=0.3):
-    """Random weights, large enough that the text does not settle on one token."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64) * std
-            p.copy_(noise if p.ndim > 1 else p.double() + noise)
-    return module.eval()
-
-
-@functools.cache
-def pair(family, dtype=torch.float64):
-    """The same random model, theirs and ours."""
-    sizes = {"vocab_size": V, "attn_implementation": "sdpa", **IDS}
-    llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **sizes}
-    if family == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=64, **sizes)
-    elif family == "llama":
-        config = transformers.LlamaConfig(**llama, num_key_value_heads=2, max_position_embeddings=64)
-    elif family == "mistral":
-        config = transformers.MistralConfig(
-            **llama, num_key_value_heads=2, max_position_embeddings=64, sliding_window=7
-        )
-    else:
-        width = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        config = transformers.T5Config(**width, **(sizes | {"decoder_start_token_id": 0, "eos_token_id": 1}))
-    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
-    theirs = shaken(auto.from_config(config), std=0.6 if family == "t5" else 0.3).to(dtype)
-    table = TABLES[family]
-    facts = table.facts(theirs.config)
-    ours = make(facts).to(dtype).eval()
-    ours.load_state_dict(
-        rename({k.removeprefix(table.PREFIX): v for k, v in theirs.state_dict().items()}, table.table(facts))
-    )
-    return theirs, ours
-
-
-def prompts(*lengths, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, V, (n,), generator=generator) for n in lengths]
-
-
-def of_theirs(theirs, rows, **more):
-    tokens, valid = pad_left(rows, PAD)
-    mask = torch.ones_like(tokens) if valid is None else valid.long()
-    with torch.no_grad():
-        out = theirs.generate(tokens, attention_mask=mask, **({"max_new_tokens": NEW, "do_sample": False} | more))
-    return out[:, tokens.shape[1] :]
 
 
 # ---- the loop
@@ -143,12 +83,6 @@ def test_the_window_rolls_and_forgets():
             assert other == 4
             first.last = last
     assert torch.allclose(a.last, b.last, atol=1e-14)
-
-
-def tiny(**more):
-    """A LLaMA-like decoder of V tokens."""
-    given = {"max_length": 64, "positions": Rotary, "block": llama_block, "norm": rms_norm} | more
-    return Decoder(V, 32, **({"depth": 2, "num_heads": 4} | given))
 
 
 @pytest.mark.parametrize(
@@ -307,84 +241,6 @@ def test_only_what_is_allowed_is_generated():
             assert text in ([5, 6], [5, 6, 7], [ord("h") - 60, ord("i") - 60])
     with pytest.raises(UserError, match="encode"):
         Allowed(["hi"], eos=1, start=0)
-
-
-# ---- beams
-
-
-@pytest.mark.parametrize("early", [False, True, "never"])
-@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_beams_are_transformers(family, alpha, early):
-    theirs, ours = pair(family, torch.float32)
-    rows = prompts(5, 9, 7)
-    eos = int(generate(ours, rows, max_new_tokens=NEW)[1, 3])
-    for width in (3, 4):
-        how = {"num_beams": width, "early_stopping": early, "length_penalty": alpha}
-        expected = of_theirs(theirs, rows, eos_token_id=eos, **how)
-        beam = Beam(width, alpha, early_stopping=early)
-        found = beam_search(ours, rows, max_new_tokens=NEW, eos=eos, pad=PAD, beam=beam)
-        best = found.tokens[:, 0]
-        length = min(best.shape[1], expected.shape[1])
-        assert torch.equal(best[:, :length], expected[:, :length])
-        assert (best[:, length:] == PAD).all() and (expected[:, length:] == PAD).all()
-
-
-def test_beams_of_an_encoder_and_decoder_are_transformers():
-    theirs, ours = pair("t5", torch.float32)
-    rows = prompts(9, 9)
-    for width, alpha in itertools.product((1, 3, 4), (0.0, 1.0)):
-        with torch.no_grad():
-            expected = theirs.generate(torch.stack(rows), num_beams=width, length_penalty=alpha, max_new_tokens=NEW,
-                                       do_sample=False)[:, 1:]  # fmt: skip
-        best = beam_search(ours, rows, max_new_tokens=NEW, eos=1, pad=PAD, start=0, beam=Beam(width, alpha)).tokens[
-            :, 0
-        ]
-        assert best.tolist() == expected.tolist()
-        if width == 1:
-            assert generate(ours, rows, max_new_tokens=NEW, eos=1, pad=PAD).tolist() == expected.tolist()
-    assert len(expected.unique()) > 3
-
-
-def test_sources_of_different_length_do_not_disturb_each_other():
-    model = shaken(EncoderDecoder(V, 32, 2, 4, max_length=80), std=0.2).double()
-    rows = prompts(4, 9)
-    together = beam_search(model, rows, eos=1, max_new_tokens=NEW)
-    for row, tokens in zip(rows, together.tokens[:, 0], strict=True):
-        alone = beam_search(model, [row], eos=1, max_new_tokens=NEW).tokens[0, 0]
-        assert tokens[: len(alone)].tolist() == alone.tolist()
-    assert generate(model, rows).shape[1] == 9 + 50
-
-
-@pytest.mark.parametrize("penalty", ["length", "gnmt"])
-def test_enough_beams_find_the_best_of_all(penalty):
-    """Every sequence of a toy vocabulary, scored one by one."""
-    vocab, new, eos, alpha = 4, 4, 1, 0.6
-    decoder = shaken(Decoder(vocab, 16, 2, 2, max_length=16), std=0.8).double()
-    prompt = torch.tensor([2, 3])
-    beam = Beam(3 * vocab**3, alpha, penalty, early_stopping="never")
-    found = beam_search(decoder, [prompt], max_new_tokens=new, eos=eos, pad=0, beam=beam)
-    scores = {}
-    for text in itertools.product(range(vocab), repeat=new):
-        text = text[: text.index(eos) + 1] if eos in text else text
-        if text not in scores:
-            ids = torch.cat([prompt, torch.tensor(text)])
-            with torch.no_grad():
-                logs = decoder.logits(decoder(ids[None]).tokens[0]).log_softmax(-1)
-            total = sum(logs[1 + i, token].item() for i, token in enumerate(text))
-            n = len(text)
-            scores[text] = total / (n**alpha if penalty == "length" else ((5 + n) / 6) ** alpha)
-    best = sorted(scores, key=scores.get, reverse=True)[:5]
-    rows = found.tokens[0, :5].tolist()
-    assert [tuple(row[: len(text)]) for row, text in zip(rows, best, strict=True)] == best
-    assert all(math.isclose(a, scores[b], rel_tol=1e-5) for a, b in zip(found.scores[0, :5].tolist(), best))
-
-
-def test_beam_mistakes():
-    with pytest.raises(UserError, match="num_beams=0"):
-        Beam(0)
-    with pytest.raises(UserError, match="draws nothing"):
-        beam_search(tiny(), [[1]], max_new_tokens=1, sampling=Sampling(1.0))
 
 
 # ---- prompts and text
