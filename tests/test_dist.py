@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from training import TINY, _processes, rows, same_end
+from training import TINY, rows, same_end
 
 from ssl_lab.train.checkpoint import facts, find, read
 
@@ -30,55 +30,6 @@ def finished(words, code=0, **options):
     text, _ = process.communicate(timeout=180)
     assert process.returncode == code, text
     return text
-
-
-def _rank(rank, store, queue):
-    """Loss and gradients of half a batch under DDP, and what the guard and the gather see."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    method, batch, noise = mae()
-    half = slice(4 * rank, 4 * rank + 4)
-    net = torch.nn.parallel.DistributedDataParallel(Loss(method))
-    loss = net(batch[half], noise[half])
-    loss.backward()
-    if rank == 0:
-        queue.put({k: p.grad.clone().numpy() for k, p in method.named_parameters() if p.grad is not None})
-    torch.distributed.barrier()
-
-
-class Loss(torch.nn.Module):
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, image, noise):
-        return self.method.reconstruct(image, noise)[0]
-
-
-def mae():
-    from ssl_lab.backbones.vit import ViT
-    from ssl_lab.methods.mae import MAE, Decoder
-
-    torch.manual_seed(0)
-    encoder = ViT(dim=32, depth=2, num_heads=2, image_size=16, patch_size=4)
-    method = MAE(encoder, decoder=lambda *a: Decoder(*a, dim=32, depth=1, num_heads=2))
-    return method, torch.randn(8, 3, 16, 16), torch.rand(8, 16)
-
-
-def test_gradients_of_two_ranks_equal_one_process(tmp_path):
-    queue = _processes.Queue()
-    ranks = [_processes.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    theirs = queue.get(timeout=120)
-    for process in ranks:
-        process.join(60)
-    method, image, noise = mae()
-    method.reconstruct(image, noise)[0].backward()
-    ours = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
-    assert ours.keys() == theirs.keys()
-    for name, grad in ours.items():
-        torch.testing.assert_close(torch.from_numpy(theirs[name]), grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_training_on_two_ranks_equals_one(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from parity import gap, images
+from parity import gap, gradients, images
+from ranks import on_ranks, part
 from test_moco import method, unit, views
-from training import _processes
 
 from ssl_lab.nn.shuffle import shuffled
 from ssl_lab.types import Encoded
@@ -40,53 +40,38 @@ class Contrast(torch.nn.Module):
         return self.method.contrast(query, key)[0]
 
 
-def _rank(rank, store, queue):
+def work(rank):
     """What a rank sees of half of the batch: its loss, gradients under DDP, queue, and shuffled results."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     ours = method().double().train()
     torch.manual_seed(10 + rank)  # in training every rank draws for itself
-    half = slice(4 * rank, 4 * rank + 4)
+    half = part(rank, 8)
     net = torch.nn.parallel.DistributedDataParallel(Contrast(ours))
     for _ in range(2):
         net.zero_grad()
         loss = net(*(v[half] for v in views()))
         loss.backward()
         ours.after_step(0.0)
-    found = {k: p.grad.numpy() for k, p in ours.named_parameters() if p.grad is not None}
     before = torch.get_rng_state()
     centred = shuffled(Centred(), torch.arange(4.0)[:, None] + 4 * rank)
     torch.set_rng_state(before)
     order = torch.randperm(8)
-    items = ours.queue.items.numpy()
     torch.manual_seed(20 + rank)
     batch_norm = method(Statistics(), head=[4]).double().train()
     batch_norm.contrast(*(v[half] for v in views()))
-    queue.put(
-        (
-            rank,
-            loss.item(),
-            found,
-            items,
-            ours.queue.pointer.item(),
-            centred.numpy(),
-            order.numpy(),
-            batch_norm._keys[0].numpy(),
-        )
-    )
-    torch.distributed.barrier()
+    return {
+        "loss": loss.item(),
+        "gradients": gradients(ours),
+        "items": ours.queue.items,
+        "pointer": ours.queue.pointer.item(),
+        "centred": centred,
+        "order": order,
+        "keys": batch_norm._keys[0],
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    queue, store = _processes.Queue(), tmp_path_factory.mktemp("gloo") / "store"
-    processes = [_processes.Process(target=_rank, args=(r, store, queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    found = sorted((queue.get(timeout=120) for _ in processes), key=lambda entry: entry[0])
-    for process in processes:
-        process.join(60)
-    return found
+    return on_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def test_two_ranks_equal_one_process(ranks):
@@ -96,23 +81,23 @@ def test_two_ranks_equal_one_process(ranks):
         loss, _, _ = ours.contrast(*views())
         loss.backward()
         ours.after_step(0.0)
-    assert sum(entry[1] for entry in ranks) / 2 == pytest.approx(loss.item(), abs=1e-12)
-    for _, _, found, items, pointer, *_ in ranks:
-        wanted = {k: p.grad for k, p in ours.named_parameters() if p.grad is not None}
+    assert sum(rank["loss"] for rank in ranks) / 2 == pytest.approx(loss.item(), abs=1e-12)
+    wanted = gradients(ours)
+    for rank in ranks:
+        found = rank["gradients"]
         assert found.keys() == wanted.keys()
-        assert {k: gap(torch.from_numpy(found[k]), g) for k, g in wanted.items()
-                if gap(torch.from_numpy(found[k]), g) > 1e-12} == {}  # fmt: skip
-        assert gap(torch.from_numpy(items), ours.queue.items) < 1e-12 and pointer == 16
-    assert (ranks[0][3] == ranks[1][3]).all()
+        assert {key: gap(found[key], g) for key, g in wanted.items() if gap(found[key], g) > 1e-12} == {}
+        assert gap(rank["items"], ours.queue.items) < 1e-12 and rank["pointer"] == 16
+    assert torch.equal(ranks[0]["items"], ranks[1]["items"])
 
 
 def test_shuffled_samples_meet_others_and_return(ranks):
-    order = torch.from_numpy(ranks[0][6])  # rank 0's permutation
+    order = ranks[0]["order"]  # rank 0's permutation
     x = torch.arange(8.0)[:, None]
     expected = torch.empty(8, 1)
     for half in order.chunk(2):
         expected[half] = x[half] - x[half].mean(0)
-    found = torch.cat([torch.from_numpy(entry[5]) for entry in ranks])
+    found = torch.cat([rank["centred"] for rank in ranks])
     assert torch.equal(found, expected)
     assert not torch.equal(found[:4], x[:4] - x[:4].mean(0))
 
@@ -125,7 +110,7 @@ def test_keys_are_normalised_with_shuffled_batches(ranks):
     expected = torch.empty(8, 4, dtype=torch.float64)
     for half in order.chunk(2):
         expected[half] = unit(ours._keys_of(key[half])).detach()
-    assert gap(torch.cat([torch.from_numpy(entry[7]) for entry in ranks]), expected) < 1e-12
+    assert gap(torch.cat([rank["keys"] for rank in ranks]), expected) < 1e-12
 
 
 def test_one_process_shuffles_nothing_and_takes_no_gradient():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from training import _processes
+from ranks import on_ranks
 
 from ssl_lab.errors import UserError
 from ssl_lab.nn.masking import MultiBlock
@@ -162,23 +162,14 @@ def test_a_grid_that_is_too_small_is_a_users_mistake(grid, sampler):
             sampler(2, grid)
 
 
-def _rank(rank, store, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def drawn(rank):
     torch.manual_seed(rank)
-    drawn = [MultiBlock()(4, (14, 14))[1] for _ in range(5)]
-    queue.put([(x.shape[2], x[:, :, 0].tolist(), x[0, 0, -1].item() - x[0, 0, 0].item()) for x in drawn])
-    torch.distributed.barrier()
+    found = [MultiBlock()(4, (14, 14))[1] for _ in range(5)]
+    return [(x.shape[2], x[:, :, 0].tolist(), x[0, 0, -1].item() - x[0, 0, 0].item()) for x in found]
 
 
 def test_ranks_agree_on_sizes_and_not_on_places(tmp_path):
-    queue = _processes.Queue()
-    processes = [_processes.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    one, two = (queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(60)
+    one, two = on_ranks(drawn, tmp_path)
     assert [(a, c) for a, _, c in one] == [(a, c) for a, _, c in two]
     assert all(a != b for (_, a, _), (_, b, _) in zip(one, two, strict=True))
     assert len({(a, c) for a, _, c in one}) > 1

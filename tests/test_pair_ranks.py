@@ -1,15 +1,13 @@
 """Pairs on two gloo processes: three ways to gather and the chunked loss give the gradients of one process."""
 
 import functools
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from parity import gap, gradients
+from ranks import WORLD, on_ranks, part
 from test_clip import SIZE, batch, clip
 from torch import nn
-from training import _processes
 
 from ssl_lab.losses.pairs import clip_loss
 from ssl_lab.methods.clip import CLIP
@@ -24,7 +22,6 @@ KINDS = {
     "chunked": (SigLIP, {"loss_chunk": 2}),
     "one chunk": (SigLIP, {"loss_chunk": 100, "chunk": 2}),
 }
-WORLD = 2
 
 
 class Loss(nn.Module):
@@ -36,9 +33,8 @@ class Loss(nn.Module):
         return self.method.step(given, 0.5).loss
 
 
-def part(rank):
-    rows = slice(rank * SIZE // WORLD, (rank + 1) * SIZE // WORLD)
-    return {key: value[rows] for key, value in batch().items()}
+def share(rank):
+    return {key: value[part(rank, SIZE)] for key, value in batch().items()}
 
 
 def points():
@@ -62,41 +58,30 @@ def open_clip_losses():
 
 def alone(loss, rank):
     """Loss and gradients with respect to the own points and the scale, not averaged."""
-    rows = slice(rank * SIZE // WORLD, (rank + 1) * SIZE // WORLD)
-    a, b = (each[rows].clone().requires_grad_() for each in points())
+    a, b = (each[part(rank, SIZE)].clone().requires_grad_() for each in points())
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     value = loss(a, b, scale)
     value.backward()
     return {"loss": value.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad}
 
 
-def _rank(rank, store, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def work(rank):
     found = {}
     for name, (cls, options) in KINDS.items():
         net = torch.nn.parallel.DistributedDataParallel(Loss(clip(cls, **options)))
-        loss = net(part(rank))
+        loss = net(share(rank))
         loss.backward()
         found[name] = loss.detach(), gradients(net.module.method)
     for mode, theirs in open_clip_losses().items():
         ours = alone(lambda a, b, s, mode=mode: clip_loss([a, b], s, gather=mode), rank)
         unit = functools.partial(nn.functional.normalize, dim=1)
         found[f"open_clip {mode}"] = ours, alone(lambda a, b, s, theirs=theirs: theirs(unit(a), unit(b), s), rank)
-    Path(f"{out}{rank}").write_bytes(pickle.dumps(found))
-    torch.distributed.barrier()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    started = [_processes.Process(target=_rank, args=(r, str(folder / "store"), str(folder / "rank"))) for r in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        assert process.exitcode == 0
-    return [pickle.loads((folder / f"rank{r}").read_bytes()) for r in (0, 1)]
+    return on_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", KINDS)

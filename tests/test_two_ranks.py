@@ -1,14 +1,11 @@
 """Every method: two gloo processes, half the batch each, compute the loss and every gradient of one with all of it."""
 
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import on_ranks, part
 from test_methods import METHODS, SMALL, build, text
 from timm.layers import DropPath
 from torch import nn
-from training import _processes
 
 from ssl_lab.methods.base import Method
 from ssl_lab.types import Batch
@@ -89,28 +86,14 @@ def trained(name: str, rows: slice, wrap=lambda module: module) -> dict[str, tor
     return found | {f"state.{key}": value.clone() for key, value in method.state_dict().items()}
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    half, found = SIZE // 2, {}
-    for name in METHODS:
-        rows = slice(half * rank, half * rank + half)
-        found[name] = trained(name, rows, torch.nn.parallel.DistributedDataParallel)
-    Path(f"{out}{rank}").write_bytes(pickle.dumps(found))
-    torch.distributed.barrier()
+def work(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: trained(name, part(rank, SIZE), torch.nn.parallel.DistributedDataParallel) for name in METHODS}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two ranks found, by method."""
-    folder = tmp_path_factory.mktemp("ranks")
-    started = [_processes.Process(target=_rank, args=(r, str(folder / "store"), str(folder / "rank"))) for r in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(300)
-        assert process.exitcode == 0
-    return [pickle.loads((folder / f"rank{r}").read_bytes()) for r in (0, 1)]
+    return on_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", METHODS)

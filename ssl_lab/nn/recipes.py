@@ -5,13 +5,14 @@ Each is a function (dim, num_heads, *, ..., layer=, kernel=, dropout=) -> `Block
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
-from ssl_lab.nn.block import Block, Residual
+from ssl_lab.nn.block import Block, NormType, Residual
 from ssl_lab.nn.ffn import GLU, MLP
 from ssl_lab.nn.mla import MLA
 from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
@@ -35,6 +36,13 @@ def swiglu_hidden(dim: int) -> int:
     return -(-8 * dim // 3 // 64) * 64
 
 
+def _block(
+    dim: int, sublayers: dict[str, nn.Module], norm: NormType, dropout: float, place: Literal["pre", "post"] = "pre"
+) -> Block:
+    """Sublayers one after the other, each with a norm of its own and a way around it."""
+    return Block(**{name: Residual(dim, fn, norm=norm, place=place, dropout=dropout) for name, fn in sublayers.items()})
+
+
 def gpt_block(
     dim: int,
     num_heads: int,
@@ -52,9 +60,7 @@ def gpt_block(
     attention = Attention(dim, num_heads, dropout=dropout, kernel=kernel, layer=layer)
     norm = functools.partial(layer_norm, eps=eps)
     mlp = MLP(dim, hidden or 4 * dim, act=gelu_tanh)
-    return Block(
-        attn=Residual(dim, attention, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
-    )
+    return _block(dim, {"attn": attention, "mlp": mlp}, norm, dropout)
 
 
 def llama_block(
@@ -79,9 +85,7 @@ def llama_block(
     )  # fmt: skip
     norm = functools.partial(rms_norm, eps=eps)
     mlp = GLU(dim, hidden or swiglu_hidden(dim))
-    return Block(
-        attn=Residual(dim, attention, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
-    )
+    return _block(dim, {"attn": attention, "mlp": mlp}, norm, dropout)
 
 
 def bert_block(
@@ -98,10 +102,7 @@ def bert_block(
     attention = Attention(dim, num_heads, dropout=dropout, kernel=kernel, layer=layer)
     norm = functools.partial(layer_norm, eps=eps)
     mlp = MLP(dim, hidden or 4 * dim)
-    return Block(
-        attn=Residual(dim, attention, norm=norm, place="post", dropout=dropout),
-        mlp=Residual(dim, mlp, norm=norm, place="post", dropout=dropout),
-    )
+    return _block(dim, {"attn": attention, "mlp": mlp}, norm, dropout, place="post")
 
 
 def transformer_block(
@@ -124,9 +125,7 @@ def transformer_block(
     if cross:
         sublayers["cross"] = Attention(dim, num_heads, cross=True, kernel=kernel, layer=layer)
     sublayers["mlp"] = MLP(dim, hidden or 4 * dim, act=F.relu)
-    return Block(
-        **{name: Residual(dim, fn, norm=norm, place="post", dropout=dropout) for name, fn in sublayers.items()}
-    )
+    return _block(dim, sublayers, norm, dropout, place="post")
 
 
 def t5_block(
@@ -171,7 +170,7 @@ def t5_block(
         else MLP(dim, width, act=F.relu, bias=False, dropout=dropout)
     )
     norm = functools.partial(rms_norm, eps=eps)
-    return Block(**{name: Residual(dim, fn, norm=norm, dropout=dropout) for name, fn in sublayers.items()})
+    return _block(dim, sublayers, norm, dropout)
 
 
 def mla_block(
@@ -192,9 +191,7 @@ def mla_block(
     norm = functools.partial(rms_norm, eps=eps)
     latent = attention(dim, num_heads, layer=layer, kernel=kernel, dropout=dropout)
     mlp = GLU(dim, hidden or swiglu_hidden(dim))
-    return Block(
-        attn=Residual(dim, latent, norm=norm, dropout=dropout), mlp=Residual(dim, mlp, norm=norm, dropout=dropout)
-    )
+    return _block(dim, {"attn": latent, "mlp": mlp}, norm, dropout)
 
 
 def deepseek_block(
