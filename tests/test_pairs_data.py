@@ -103,6 +103,8 @@ def test_captions_that_are_cut_are_counted(pack, tokenizer, caplog):
     assert 0 < long < len(texts) == 60
     assert warned(max(lengths)) == ""
     assert f"{long} of 60 captions are longer than context_length={max(lengths) - 1}" in warned(max(lengths) - 1)
+    with pytest.raises(UserError, match=f"set data.train.context_length={max(lengths)}"):
+        Pairs(pack, tokenizer, context_length=min(lengths) - 1)
 
 
 @pytest.mark.parametrize(("kind", "context"), [("bpe", 16), ("character", 40), ("wordpiece", 32)])

@@ -93,3 +93,13 @@ def test_the_verb_writes_what_training_reads(tmp_path, capsys):
     assert main(["shards", *words, f"out={out}", "per_shard=0"]) == 2
     assert main(["shards", "data=captions", f"out={tmp_path / 'no'}"]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_a_shard_that_went_missing_is_named(tmp_path):
+    words = ["data=shapes_captions", "data.train.length=30", "data.test.length=8", "data.image_size=8"]
+    assert main(["shards", *words, f"out={tmp_path}", "per_shard=10"]) == 0
+    (tmp_path / "train-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.tar is missing, one of 1 of the 4 that shards\.json names"):
+        Shards(tmp_path)
+    (tmp_path / "shards.json").write_text("{")  # another tool's, perhaps
+    assert len(Shards(tmp_path)) == 20

@@ -57,15 +57,21 @@ class CaptionEncoder:
         return {"tokens": tokens, "valid": torch.arange(tokens.shape[1]) < lengths[:, None]}
 
     def report(self, captions: Sequence[str], total: int, origin: str) -> int:
-        """Warn if some of these captions, of `total` that there are, are too long; gives their number."""
+        """Warn if some of these captions, of `total` that there are, are too long; gives their number.
+
+        Raises:
+            UserError: more than half of them are.
+        """
         lengths = [len(ids) + len(self.begin) + 1 for ids in self.tokenizer.encode_batch(list(captions))]
         long = sum(length > self.context_length for length in lengths)
-        if long:
-            of = f"{len(lengths):,} captions" + (f" (a sample of {total:,} images' captions)" if total else "")
-            log.warning(
-                "%s: %s of %s are longer than context_length=%d and lose their end; the longest takes %d tokens",
-                origin, f"{long:,}", of, self.context_length, max(lengths),
-            )  # fmt: skip
+        if not long:
+            return 0
+        of = f"{len(lengths):,} captions" + (f" (a sample of {total:,} images' captions)" if total else "")
+        found = f"{origin}: {long:,} of {of} are longer than context_length={self.context_length}"
+        longest = f"the longest takes {max(lengths)} tokens"
+        if 2 * long > len(lengths):
+            raise UserError(f"{found}; {longest}: set data.train.context_length={max(lengths)}, or shorten them")
+        log.warning("%s and lose their end; %s", found, longest)
         return long
 
 

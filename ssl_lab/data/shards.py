@@ -21,6 +21,7 @@ from ssl_lab.data.pairs_text import CaptionEncoder
 from ssl_lab.data.shards_index import ShardIndex, index_of
 from ssl_lab.data.shards_order import row_order
 from ssl_lab.data.shards_table import ShardTable
+from ssl_lab.data.shards_write import PLAN, planned
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
 
@@ -133,6 +134,7 @@ def _listed(path: str) -> list[Path]:
         found = sorted(local.glob("*.tar"))
         if not found:
             raise UserError(f"no shards in {local}: looked for *.tar (make some with `ssl-lab shards`)")
+        _complete(planned(local), PLAN)
         return found
     if local.suffix == ".txt" and local.is_file():
         named = [local.parent / line.strip() for line in local.read_text().splitlines() if line.strip()]
@@ -140,17 +142,21 @@ def _listed(path: str) -> list[Path]:
         named = [Path(x).expanduser() for x in _expanded(path)]
     if not named:
         raise UserError(f"{path} names no shard")
-    absent = [x for x in named if not x.is_file()]
-    if absent and len(named) == 1:
-        raise UserError(missing(absent[0]))
-    if absent:
-        raise UserError(
-            f"shard {absent[0]} is missing, one of {len(absent)} of the {len(named)} that {path} names: fetch it, or "
-            "name only those that are there"
-        )
+    if len(named) == 1 and not named[0].is_file():
+        raise UserError(missing(named[0]))
+    _complete(named, path)
     if packed := next((x for x in named if x.suffix != ".tar"), None):
         raise UserError(f"{packed} is no .tar: shards are read by position, so unpack a compressed one to .tar first")
     return named
+
+
+def _complete(named: list[Path], by: str) -> None:
+    absent = [x for x in named if not x.is_file()]
+    if absent:
+        raise UserError(
+            f"shard {absent[0]} is missing, one of {len(absent)} of the {len(named)} that {by} names: fetch it, or "
+            "name only those that are there"
+        )
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -55,7 +55,7 @@ def write_shards(
     sweep(folder)
     total, written = len(source), Written()
     for number, start in enumerate(range(0, total, per_shard)):
-        path, rows = folder / f"{split}-{number:05d}.tar", range(start, min(start + per_shard, total))
+        path, rows = _shard(folder, split, number), range(start, min(start + per_shard, total))
         if path.exists():
             with tarfile.open(path) as tar:
                 count = len({name.partition(".")[0] for name in tar.getnames()})
@@ -82,6 +82,20 @@ def plan(folder: Path, facts: dict[str, Any]) -> None:
         raise UserError(f"out={folder} holds shards of other data or settings: give an empty folder, or remove them")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
+
+
+def planned(folder: Path) -> list[Path]:
+    """The shards that a folder was made to hold; none where it has no record of them."""
+    try:
+        facts = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        counts = {split: -(-rows // facts["per_shard"]) for split, rows in facts["rows"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+    return [_shard(folder, split, number) for split, count in counts.items() for number in range(count)]
+
+
+def _shard(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.tar"
 
 
 def _write(source: Source, path: Path, rows: range) -> int:
