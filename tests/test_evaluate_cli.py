@@ -83,6 +83,18 @@ def test_a_suite_is_one_table_on_the_screen_and_as_a_file(run, capsys, monkeypat
     )
 
 
+def test_other_data_take_the_views_of_the_run(run, tmp_path):
+    words = [
+        "data=shapes",
+        "data.train.length=20",
+        "data.test.length=10",
+        "data.image_size=16",
+        f"out={tmp_path / 'o'}",
+    ]
+    assert main(["evaluate", f"ckpt={run}", *words, *KNN, "pictures=false"]) == 0
+    assert ("trained", 4, "knn", "top1") in values(tmp_path / "o")
+
+
 def test_features_are_extracted_once_for_all_evaluators_and_pictures(run, monkeypatch):
     from ssl_lab.data.module import DataModule
 

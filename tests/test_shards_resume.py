@@ -43,3 +43,10 @@ def test_the_suite_of_images_and_texts_is_run_at_the_end(straight):
     found = {(evaluator, name) for _, _, evaluator, name, _ in results(straight)}
     assert {("zero_shot", "top1"), ("cross_retrieval", "image_1"), ("cross_retrieval", "text_10")} <= found
     assert ("linear", "top1") in found and ("zero_shot", "chance/top1") in found
+
+
+def test_the_suite_judges_it_on_other_data_with_its_own_views_and_words(straight, tmp_path):
+    words = ["data=shapes_captions", "data.train.length=40", "data.test.length=30", "data.image_size=16"]
+    told = ["data.train.context_length=24", "suite=image_text", "pictures=false", f"out={tmp_path}"]
+    assert run(["evaluate", f"ckpt={straight}", *words, *told]) == 0
+    assert {(evaluator, name) for _, _, evaluator, name, _ in results(tmp_path)} >= {("zero_shot", "top1")}

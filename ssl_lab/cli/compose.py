@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ssl_lab.cli import catalog, check, overrides
+from ssl_lab.cli import catalog, check, overrides, saved
 from ssl_lab.cli.duration import steps_of
 from ssl_lab.cli.mistakes import COMPOSING, explain, explain_build
 from ssl_lab.errors import UserError
@@ -98,6 +98,8 @@ def finish(verb: str, cfg: DictConfig, swept: dict[str, str]) -> DictConfig:
     The values of `swept` tell the runs of a sweep apart: they are added to `name`.
     """
     root = catalog.root(verb)
+    if verb == "evaluate":
+        saved.lend(cfg)
     check.check_root(cfg, root)
     if absent := check.missing(cfg):
         told = f" ({comment})" if (comment := root.comments.get(absent[0])) else ""

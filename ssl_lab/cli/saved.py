@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
 from ssl_lab.errors import UserError
 
@@ -42,6 +43,26 @@ def load_config(folder: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path} is no mapping without aliases, so no run wrote it; evaluate another folder")
     check_targets(config, str(path), trust)
     return config
+
+
+def lend(cfg: DictConfig) -> None:
+    """Give data that were chosen for the evaluation of a run what belongs to that run: its views and its tokenizer.
+
+    A tokenizer that was named stays; one that would be trained on the other data gives way.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    if cfg.get("ckpt") is None or cfg.get("method") is not None or "_target_" not in (cfg.get("data") or {}):
+        return
+    folder = run_folder(Path(str(cfg.ckpt)))
+    if folder is None:
+        return
+    if "views" not in cfg.data:
+        views = (load_config(folder, cfg.trust).get("data") or {}).get("views")
+        OmegaConf.update(cfg, "data.views", views, force_add=True)
+    if isinstance(cfg.data.get("tokenizer"), DictConfig) and (folder / "tokenizer.json").is_file():
+        OmegaConf.update(cfg, "data.tokenizer", str(folder), merge=False)
 
 
 def without_downloads(config: Any) -> Any:
