@@ -38,7 +38,9 @@ HEADS = {  # of methods: what they have beside the encoder, small
     "ijepa": {"method.predictor.depth": "1", "method.predictor.dim": "32", "method.predictor.num_heads": "2"},
 }
 SHAPES = {"data.train.length": "64", "data.test.length": "32"}
-NETWORK = re.compile(r"timm:|hf:|gguf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b")
+NETWORK = re.compile(
+    r"clip:|timm:|hf:|gguf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b"
+)
 ELSEWHERE = ("pip install", "git clone", "cd ", "tensorboard", "torchrun", "wandb", "python", ".venv/bin/python")
 
 
@@ -72,12 +74,17 @@ def toy(words: list[str]) -> list[str]:
 
 
 def photos(folder: Path) -> None:
-    """Two classes of twelve small pictures."""
+    """Two classes of twelve small pictures, and a table of captions for them."""
     samples = Shapes("train", 24).read(range(24))
     for i, image in enumerate(samples.data):
         path = folder / ("cats", "dogs")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(image).resize((40, 40)).save(path)
+    rows = (
+        f"photos/{('cats', 'dogs')[i % 2]}/{i}.png,picture {i} of one of the {('cats', 'dogs')[i % 2]}"
+        for i in range(24)
+    )
+    (folder.parent / "captions.csv").write_text("\n".join(["image,caption", *rows]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

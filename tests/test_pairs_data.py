@@ -16,8 +16,9 @@ from ssl_lab.data.pair_views import PairViews
 from ssl_lab.data.pairs import Pairs
 from ssl_lab.data.pairs_shapes import HELD_OUT, ShapesPairs, train_captions
 from ssl_lab.data.pairs_text import CaptionEncoder
-from ssl_lab.data.pairs_tokenizer import clip, trained
+from ssl_lab.data.pairs_tokenizer import trained
 from ssl_lab.data.shapes_layout import COLORS, SHAPES
+from ssl_lab.data.tokenizer import load
 from ssl_lab.data.views import Crop, MultiView, Resize
 from ssl_lab.errors import UserError
 
@@ -121,7 +122,7 @@ def test_every_kind_of_tokenizer_serves_and_is_the_same_again(pack, kind, contex
 
 def test_clips_own_tokenizer_is_open_clips():
     open_clip = pytest.importorskip("open_clip", reason="its file of merges comes with open_clip")
-    ours, theirs = clip(), open_clip.SimpleTokenizer()
+    ours, theirs = load("clip:"), open_clip.SimpleTokenizer()
     texts = ["A photo of   a cat.", "It's 1,234 déjà-vus!", "ΑΒΓ 漢字 🙂 naïve", "1" * 300, "", "don't\n stop, they'll"]
     encode = CaptionEncoder(ours, 77)
     assert (ours.vocab_size, ours.bos, ours.eos) == (49408, 49406, 49407)
@@ -133,9 +134,9 @@ def test_clips_own_tokenizer_is_open_clips():
 def test_clips_tokenizer_names_what_is_wrong(tmp_path):
     (tmp_path / "merges.txt").write_text("nothing of this kind\n" * 3)
     with pytest.raises(UserError, match="merges of CLIP"):
-        clip(str(tmp_path / "merges.txt"))
+        load(f"clip:{tmp_path / 'merges.txt'}")
     with pytest.raises(UserError, match=r"merges\.txt"):
-        clip(str(tmp_path / "merge.txt"))
+        load(f"clip:{tmp_path / 'merge.txt'}")
 
 
 def test_a_row_is_an_image_with_all_its_captions(pack, tokenizer):

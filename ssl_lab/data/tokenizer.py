@@ -1,6 +1,6 @@
 """From text to token ids and back, by the `tokenizers` library; files are those of Hugging Face.
 
-In a configuration `data.tokenizer` is the path of a saved tokenizer, or a node whose target trains one:
+In a configuration `data.tokenizer` is the path of a saved tokenizer or `clip:`, or a node whose target trains one:
 `{_target_: ssl_lab.data.tokenizer.trained, path: ${data.path}, kind: bpe, vocab_size: 4096}`.
 """
 
@@ -15,6 +15,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from ssl_lab.data import tokenizer_clip
 from ssl_lab.data.folders import missing
 from ssl_lab.data.text_files import Documents
 from ssl_lab.data.text_tables import CAPTIONS
@@ -146,12 +147,16 @@ class Tokenizer:
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, of a folder that holds one, such as a run folder, or of `gguf:<file>`.
 
+    `clip:` is CLIP's own, `clip:<file>` the same from its list of merges; see `ssl_lab.data.tokenizer_clip`.
+
     Raises:
         UserError: there is none, or it cannot be read.
     """
     kind, colon, name = str(path).partition(":")
     if colon and kind == "gguf":
         return _from_gguf(Path(name).expanduser())
+    if colon and kind == "clip":
+        return _from_merges(name or None)
     given = Path(path).expanduser()
     file = given / "tokenizer.json" if given.is_dir() else given
     if not given.exists():
@@ -169,6 +174,11 @@ def load(path: str | Path) -> Tokenizer:
 @lru_cache(maxsize=2)
 def _from_gguf(file: Path) -> Tokenizer:
     return Tokenizer(*gguf.tokenizer(file))
+
+
+@lru_cache(maxsize=2)
+def _from_merges(file: str | None) -> Tokenizer:
+    return Tokenizer(tokenizer_clip.backend(file), {"bos_token": tokenizer_clip.BEGIN, "eos_token": tokenizer_clip.END})
 
 
 @lru_cache(maxsize=8)
