@@ -91,6 +91,22 @@ def test_tokens_have_begin_end_and_padding(tokenizer):
         CaptionEncoder(tokenizer, 2)
 
 
+def test_several_columns_hold_captions(tmp_path):
+    rows = {"image": [png(i) for i in range(4)], "name": ["a", "b", None, None], "tags": [["c", "d"], [], ["e"], None]}
+    lines = ["image,name,tag", *(f"{i}.png,name {i},tag {i}" for i in range(3))]
+    (tmp_path / "listed").mkdir()
+    for i in range(3):
+        (tmp_path / "listed" / f"{i}.png").write_bytes(png(i))
+    for split in ("train", "test"):
+        pq.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
+        (tmp_path / "listed" / f"{split}.csv").write_text("\n".join(lines))
+    pairs = Pairs(tmp_path, caption_column=["name", "tags"])
+    assert pairs.captions(range(len(pairs))) == [["a", "c", "d"], ["b"], ["e"]]
+    assert Pairs(tmp_path / "listed", caption_column=["name", "tag"]).captions([1]) == [["name 1", "tag 1"]]
+    with pytest.raises(UserError, match="'word' is not there"):
+        Pairs(tmp_path, caption_column=["name", "word"])
+
+
 def test_captions_that_are_cut_are_counted(pack, tokenizer, caplog):
     def warned(length):
         caplog.clear()

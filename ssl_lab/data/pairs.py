@@ -76,7 +76,7 @@ class Pairs(CaptionedImages):
         tokenizer: of the captions, or its path; None = images only.
         split: train, or what is held out.
         image_column: None = found.
-        caption_column: None = found.
+        caption_column: one or several, each with a text or a list of texts; None = found.
         label_column: of classes; None = found, if there are any.
         context_length: tokens of a caption, begin and end included; longer ones are cut.
         fixed: pad to `context_length`, not to the longest of a batch.
@@ -94,7 +94,7 @@ class Pairs(CaptionedImages):
         *,
         split: str = "train",
         image_column: str | None = None,
-        caption_column: str | None = None,
+        caption_column: str | Sequence[str] | None = None,
         label_column: str | None = None,
         context_length: int = 77,
         fixed: bool = True,

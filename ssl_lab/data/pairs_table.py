@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,13 @@ _CAPTION_NAMES = ("caption", "captions", "text", "title", "sentence", "sentences
 _PATH_NAMES = ("image", "filepath", "file_path", "image_path", "filename", "file_name", "image_name", "path", "file")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 _CSV = (".csv", ".tsv")
+_READ = 10_000  # rows whose captions are looked at together
 _SEPARATORS = ("\t", ",", ";", "|")
 
 
 @dataclass(slots=True)
 class PairTable:
-    """Images of a table and their captions, the only column of `texts`; relative paths of images start at `base`."""
+    """Images of a table and their captions, all columns of `texts`; relative paths of images start at `base`."""
 
     table: Table
     texts: "datasets.Dataset"
@@ -60,15 +61,16 @@ class PairTable:
         return self.table.name(row)
 
     def captions(self, rows: Sequence[int]) -> list[list[str]]:
-        """The captions of each row that are not empty."""
-        return [_texts(x) for x in self.texts[list(rows)][self.texts.column_names[0]]]
+        """The captions of each row that are not empty, column by column."""
+        columns = self.texts[list(rows)]
+        return [_texts_of(values) for values in zip(*columns.values(), strict=True)]
 
 
 def open_pairs(
     path: str,
     split: str,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
 ) -> PairTable:
     """The captioned images of `split` at `path`; rows without a caption are left out, and counted in a warning.
@@ -81,15 +83,16 @@ def open_pairs(
         table = _from_csv(local, files, split, image_column, caption_column, label_column)
         return PairTable(table, _all_columns(table).select_columns(["captions"]))
     table = open_table(path, split, image_column, label_column)
-    column = _caption_column(_all_columns(table), table.column, caption_column, table.origin or path)
-    keep = _with_caption(_all_columns(table).with_format("arrow")[:][column])
+    named = _listed(caption_column) or [None]
+    columns = [_caption_column(_all_columns(table), table.column, x, table.origin or path) for x in named]
+    keep = _with_caption(_all_columns(table).select_columns(columns))
     if not keep:
-        raise UserError(f"{table.origin}: no row has a caption in column {column}: set caption_column")
+        raise UserError(f"{table.origin}: no row has a caption in column {' or '.join(columns)}: set caption_column")
     if len(keep) < len(table):
         log.warning("%s: left out %s of %s rows without a caption", path, len(table) - len(keep), len(table))
         table = table.select(keep)
     base = (local if local.is_dir() else local.parent) if local.exists() else None
-    return PairTable(table, _all_columns(table).select_columns([column]), base)
+    return PairTable(table, _all_columns(table).select_columns(columns), base)
 
 
 def _csv_files(local: Path) -> list[Path]:
@@ -126,20 +129,23 @@ def _caption_column(rows: "datasets.Dataset", image: str, given: str | None, ori
     return found
 
 
-def _with_caption(values: Any) -> list[int]:
-    """Rows of an arrow column of texts, or of lists of texts, that hold one that is not empty."""
-    keep, row = [], 0
-    for chunk in values.chunks:
-        for value in chunk.to_pylist():
-            if _texts(value):
-                keep.append(row)
-            row += 1
+def _with_caption(rows: "datasets.Dataset") -> list[int]:
+    """Rows that hold a text that is not empty, in any of these columns of texts or of lists of texts."""
+    keep = []
+    for start in range(0, len(rows), _READ):
+        columns = rows[start : start + _READ]
+        found = enumerate(zip(*columns.values(), strict=True), start)
+        keep += [row for row, values in found if _texts_of(values)]
     return keep
 
 
-def _texts(value: str | list[str | None] | None) -> list[str]:
-    listed = [value] if isinstance(value, str) else value or []
-    return [text for text in listed if text and text.strip()]
+def _texts_of(values: Iterable[str | list[str | None] | None]) -> list[str]:
+    texts = [text for value in values for text in _listed(value)]
+    return [text for text in texts if text and text.strip()]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _from_csv(
@@ -147,7 +153,7 @@ def _from_csv(
     files: list[Path],
     split: str,
     image_column: str | None,
-    caption_column: str | None,
+    caption_column: str | Sequence[str] | None,
     label_column: str | None,
 ) -> Table:
     """Images in the order in which they are first named, each with all captions beside it."""
@@ -163,7 +169,8 @@ def _from_csv(
     file = chosen[0]
     lines, heads = _read(file)
     image = _named(file, heads, image_column, _PATH_NAMES, "image_column")
-    caption = _named(file, heads, caption_column, _CAPTION_NAMES, "caption_column")
+    named = _listed(caption_column) or [None]
+    captions = [_named(file, heads, x, _CAPTION_NAMES, "caption_column") for x in named]
     label = next((x for x in ([label_column] if label_column else _LABEL_NAMES) if x in heads), None)
     if label_column and label is None:
         raise UserError(f"{file} has no column {label_column!r}: it has {', '.join(heads)}")
@@ -171,14 +178,14 @@ def _from_csv(
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         entry = found.setdefault(line[image], {"captions": [], "label": None, "split": None})
-        entry["captions"] += _texts(line[caption])
+        entry["captions"] += _texts_of(line[name] for name in captions)
         if label is not None and line[label]:
             entry["label"] = int(line[label]) if line[label].lstrip("-").isdigit() else line[label]
         if told is not None:
             entry["split"] = line[told]
     names = [name for name, entry in found.items() if name and entry["captions"]]
     if not names:
-        raise UserError(f"{file}: no line has both an image ({image}) and a caption ({caption})")
+        raise UserError(f"{file}: no line has both an image ({image}) and a caption ({' or '.join(captions)})")
     if len(names) < len(found):
         log.warning("%s: left out %s of %s images without a caption", file, len(found) - len(names), len(found))
     paths = [str(file.parent / Path(name).expanduser()) for name in names]

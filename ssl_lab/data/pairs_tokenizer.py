@@ -1,6 +1,6 @@
 """Tokenizers trained on captions."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def trained(
     kind: Kind = "bpe",
     vocab_size: int = 8192,
     *,
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     split: str = "train",
 ) -> Tokenizer:
     """Train a tokenizer on the captions of `split` at `path`; the same arguments give the same tokenizer.
@@ -34,7 +34,7 @@ def trained(
         path: as `Pairs` or `Shards` take it, or `shapes`.
         kind: bpe, bpe4, character or wordpiece; see `ssl_lab.data.tokenizer.trained`.
         vocab_size: tokens in all; it does not matter to `character`.
-        caption_column: of a table; None = found.
+        caption_column: one or several of a table; None = found.
         split: what it is trained on.
 
     Raises:
@@ -42,22 +42,23 @@ def trained(
     """
     local = Path(path).expanduser()
     stamp = local.stat().st_mtime_ns if path != SHAPES and local.exists() else 0
-    return _trained(path, kind, vocab_size, caption_column, split, stamp)
+    columns = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
+    return _trained(path, kind, vocab_size, columns, split, stamp)
 
 
 @lru_cache(maxsize=4)
-def _trained(path: str, kind: Kind, vocab_size: int, column: str | None, split: str, stamp: int) -> Tokenizer:
+def _trained(path: str, kind: Kind, vocab_size: int, columns: tuple[str, ...], split: str, stamp: int) -> Tokenizer:
     # The end is not token 2: with that number transformers' CLIP reads a text at its largest id.
     special = {"character": ["<pad>", END, BEGIN, "<unk>"], "wordpiece": [BEGIN, END]}.get(kind, ["<pad>", END, BEGIN])
-    return Tokenizer(train(_texts(path, column, split), kind, vocab_size, special, origin=path))
+    return Tokenizer(train(_texts(path, columns, split), kind, vocab_size, special, origin=path))
 
 
-def _texts(path: str, column: str | None, split: str) -> Iterable[str]:
+def _texts(path: str, columns: tuple[str, ...], split: str) -> Iterable[str]:
     if path == SHAPES:
         return train_captions(_SCENES)
     if is_sharded(path):
         return _flat(open_shards(path, split, captions=True))
-    return _flat(open_pairs(path, split, caption_column=column))
+    return _flat(open_pairs(path, split, caption_column=columns))
 
 
 def _flat(table: object) -> Iterator[str]:
