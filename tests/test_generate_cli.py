@@ -1,5 +1,6 @@
 """`ssl-lab generate` from the command line: text from runs and imported weights, mistakes in one line."""
 
+import json
 import re
 import shutil
 
@@ -153,3 +154,16 @@ def test_vision_runs_write_no_text(tmp_path, capsys):
 )
 def test_sentences_are_taken_as_they_are(sentence):
     assert parse(f"prompt={sentence}", []).value() == sentence
+
+
+def test_weights_with_another_tokenizer_of_the_same_size_are_refused(trained, tmp_path, capsys):
+    known = json.loads((trained / "tokenizer.json").read_text())
+    vocab = known["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(known))
+    small = [f"method.decoder.{word}" for word in SMALL]
+    words = ["method=causal_lm", *small, *FAST, f"method.decoder.weights={trained}", f"out={tmp_path / 'run'}"]
+    assert main([*words, f"data.tokenizer={tmp_path / 'other'}"]) == 2
+    assert f"set data.tokenizer={trained}" in capsys.readouterr().err
+    assert main([*words, f"data.tokenizer={trained}"]) == 0

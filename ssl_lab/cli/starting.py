@@ -1,6 +1,7 @@
 """The method of a run, with the architecture of the weights that it starts from, and the name of its beginning."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ssl_lab.cli.compose import build
+from ssl_lab.cli.saved import run_folder
+from ssl_lab.data import tokenizer
 from ssl_lab.data.module import DataModule
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
@@ -51,9 +54,37 @@ def decided_by_data(node: Any, data: DataModule) -> None:
         if size is None:
             raise UserError("this method reads text, and the data are none: choose e.g. data=captions or data=text")
         part["vocab_size"] = size
-    if node.get("start_token") == -1 and (tokenizer := data.tokenizer) is not None:
-        known = (x for x in (tokenizer.pad, tokenizer.bos, tokenizer.eos) if x is not None)
+    if node.get("start_token") == -1 and (words := data.tokenizer) is not None:
+        known = (x for x in (words.pad, words.bos, words.eos) if x is not None)
         node["start_token"] = next(known, 0)
+
+
+def require_tokenizer(node: Any, data: DataModule) -> None:
+    """Weights that begin something that reads text come with a tokenizer, and the data must have the same.
+
+    Two vocabularies of one size would pass unnoticed: every word would mean another.
+
+    Raises:
+        UserError: the data's tokenizer is another one.
+    """
+    if data.tokenizer is None:
+        return
+    for part in _nodes(node):
+        reads_text = any("vocab_size" in below for below in _nodes(part))
+        weights = part.get("weights")
+        if not reads_text or not isinstance(weights, str) or (folder := _tokenizer_beside(weights)) is None:
+            continue
+        if tokenizer.load(folder).backend.get_vocab() != data.tokenizer.backend.get_vocab():
+            raise UserError(
+                f"{weights} knows the words of its own tokenizer, and data.tokenizer is another: set "
+                f"data.tokenizer={folder}"
+            )
+
+
+def _tokenizer_beside(weights: str) -> Path | None:
+    path = Path(weights.removeprefix("hf:")).expanduser()
+    folders = (path, run_folder(path) if path.exists() else None)
+    return next((x for x in folders if x is not None and (x / "tokenizer.json").is_file()), None)
 
 
 def _nodes(node: Any) -> Iterator[Any]:

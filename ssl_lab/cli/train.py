@@ -21,7 +21,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
-from ssl_lab.cli.starting import beginning, build_method, decided_by_data
+from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
 from ssl_lab.cli.trainer import make_trainer, quiet
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -73,6 +73,7 @@ class Training:
         self.data = build(cfg.data)
         self.data.setup("fit")
         decided_by_data(cfg.method, self.data)
+        require_tokenizer(cfg.method, self.data)
         self.console = Console(quiet=not first, highlight=False)
         self.method: Method = build_method(cfg.method, cfg.seed, self.say)
         self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
