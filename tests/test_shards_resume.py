@@ -1,6 +1,7 @@
 """A run on shards that is killed in the middle of a shard ends as one that was not, bit by bit."""
 
 import pytest
+from test_dist import TWO, finished, launch, wait_for
 from training import results, run, same_end
 
 from ssl_lab.data.pairs_shapes import ShapesPairs
@@ -37,6 +38,18 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_shard(workers, shards, straight
     assert run(words, fault=("backward", 8)) == -9  # after 56 of 70 rows of the first pass, in the second group
     assert run(words) == 0
     same_end(straight, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_in_the_middle_of_a_shard(shards, tmp_path):
+    words = [*CLIP, *TWO, shards, "data.num_workers=0", "duration=20steps"]
+    finished([*words, f"out={tmp_path / 'whole'}"])
+    process = launch([*words, f"out={tmp_path / 'run'}"])
+    wait_for(tmp_path / "run/checkpoints/step=6.ckpt")
+    process.kill()
+    process.communicate(timeout=60)
+    finished([*words, f"out={tmp_path / 'run'}"])
+    same_end(tmp_path / "whole", tmp_path / "run")
 
 
 def test_the_suite_of_images_and_texts_is_run_at_the_end(straight):
