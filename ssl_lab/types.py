@@ -21,8 +21,10 @@ class Batch(TypedDict, total=False):
 
     image: Tensor  # (B, C, H, W) float, normalised
     views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
+    audio: Tensor  # (B, S) float32 mono samples in about [-1, 1], zeros at the end
+    audio_valid: Tensor  # (B, S) bool, False = padding
     tokens: Tensor  # (B, L) int64 token ids; of the source where there is a target sequence
-    labels: Tensor  # (B, L) int64 token ids to predict, -100 = not scored
+    labels: Tensor  # (B, L) int64 token ids to predict, of a transcript beside `audio`; -100 = not scored
     valid: Tensor  # (B, L) bool, False = padding
     segments: Tensor  # (B, L) int64 document of each token of a packed row
     types: Tensor  # (B, L) int64 token types: first or second sentence

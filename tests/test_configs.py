@@ -29,6 +29,8 @@ def choosing(group, choice):
         assert tower in METHODS
     beside = {"pixels": ["data=cifar10_pixels"], "cifar10_pixels": ["views@data.views=pixels"]}.get(choice, [])
     beside += ["method.decoder.max_length=256"] if beside else []
+    if choice in SOUND and group in ("data", "views"):  # no method needs to hear for that
+        beside += ["backbone=resnet18", "views@data.views=audio" if group == "data" else "data=tones"]
     place = [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}"]
     return [*place, *beside, *([PATH] if group == "data" else [])]
 
@@ -41,6 +43,7 @@ READERS = {  # of what neither images give nor a method chooses by itself
     ("data", "cifar10_pixels"): "causal_lm",
     ("views", "pixels"): "causal_lm",
 }
+SOUND = ("tones", "tones_sequences", "digits", "digits_connected", "audio", "speech", "audio_whole")
 FAMILIES = {
     "clip_": "clip",
     "siglip_": "siglip",

@@ -11,7 +11,7 @@ MAX_PIXELS = 80_000_000  # a small file can claim far more and fill the memory
 
 
 class Unreadable(Exception):
-    """Bytes that give no image; the message says why."""
+    """Bytes that give no image, or no sound; the message says why."""
 
 
 def size_of(data: bytes) -> tuple[int, int]:

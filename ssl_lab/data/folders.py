@@ -1,4 +1,4 @@
-"""What lies in a folder: image files, classes, splits. Names only; nothing is opened."""
+"""What lies in a folder: files of a medium, classes, splits. Names only; nothing is opened."""
 
 import difflib
 import os
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from ssl_lab.data.medium import IMAGES, Medium
 from ssl_lab.errors import UserError
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 T = TypeVar("T")
 
@@ -40,26 +40,27 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {x.name: x for x in _entries(root) if x.is_dir() and x.name in ("train", *HELD_OUT)} or {"": root}
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders that are classes: at least two with images in them, and no image beside them."""
+def class_folders(folder: Path, medium: Medium = IMAGES) -> list[str]:
+    """Names of the sub-folders that are classes: at least two with such files in them, and no such file beside them."""
     entries = _entries(folder)
-    if any(_is_image(x.name) and x.is_file() for x in entries):
+    if any(_is_a(x.name, medium) and x.is_file() for x in entries):
         return []
-    names = [x.name for x in entries if x.is_dir() and any(images_below(x))]
+    names = [x.name for x in entries if x.is_dir() and any(files_below(x, medium))]
     return names if len(names) > 1 else []
 
 
-def images_below(folder: Path) -> Iterator[str]:
-    """Paths of the image files in `folder` and below, by their suffix, in sorted order."""
+def files_below(folder: Path, medium: Medium = IMAGES) -> Iterator[str]:
+    """Paths of the files of a medium in `folder` and below, by their suffix, in sorted order."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(x for x in folders if not x.startswith((".", "__")))
-        yield from (os.path.join(parent, x) for x in sorted(files) if _is_image(x))
+        yield from (os.path.join(parent, x) for x in sorted(files) if _is_a(x, medium))
 
 
-def no_images(folder: Path) -> str:
-    """The message for a folder without images."""
+def nothing_in(folder: Path, medium: Medium = IMAGES) -> str:
+    """The message for a folder without any file of a medium."""
     holds = ", ".join(x.name for x in _entries(folder)[:4])
-    return f"no images in {folder} (looked for {' '.join(SUFFIXES)} and parquet): it holds {holds or 'nothing'}"
+    looked = f"looked for {' '.join(medium.suffixes)} and parquet"
+    return f"no {medium.many} in {folder} ({looked}): it holds {holds or 'nothing'}"
 
 
 def missing(path: Path) -> str:
@@ -77,5 +78,5 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(x for x in folder.iterdir() if not x.name.startswith((".", "__")))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _is_a(name: str, medium: Medium) -> bool:
+    return name.lower().endswith(medium.suffixes) and not name.startswith(".")

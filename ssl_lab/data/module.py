@@ -89,7 +89,7 @@ class DataModule(L.LightningDataModule):
         """Endless batches with `image` or `views`, `target`, `index`, `position`, from the present step on."""
         rank, world_size = self._place()
         views = None if self.augment_on_device else self.views
-        batches = TrainBatches(self.train, views, self.batch_size, self.seed, rank, world_size)
+        batches = TrainBatches(self._ordered(world_size), views, self.batch_size, self.seed, rank, world_size)
         self._fill(self.train)
         return Loader(batches, self._numbers, self.num_workers)
 
@@ -135,6 +135,10 @@ class DataModule(L.LightningDataModule):
         """Batch numbers from the present step on."""
         trainer = self.trainer
         return itertools.count(trainer.global_step * trainer.accumulate_grad_batches if trainer is not None else 0)
+
+    def _ordered(self, world_size: int) -> Source:
+        """What is trained on, with its own order of rows if it has one."""
+        return self.train
 
     def _place(self) -> tuple[int, int]:
         """(rank, number of ranks) that share the stream."""

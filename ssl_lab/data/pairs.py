@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ssl_lab.data.images import Encoded, EncodedImages
+from ssl_lab.data.encoded import Encoded
+from ssl_lab.data.images import EncodedImages
 from ssl_lab.data.pairs_table import open_pairs
 from ssl_lab.data.pairs_text import Captioned, CaptionEncoder, spread
 from ssl_lab.data.source import Samples

@@ -1,4 +1,4 @@
-"""Undecoded images with their captions, from parquet, the Hugging Face hub, .csv and .tsv."""
+"""Undecoded images with their captions, or clips with transcripts, from parquet, the hub, .csv and .tsv."""
 
 import csv
 import logging
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ssl_lab.data.folders import HELD_OUT, choose, share
+from ssl_lab.data.medium import IMAGES, Medium
 from ssl_lab.data.tables import Table, bytes_of, open_table, table_of
 from ssl_lab.errors import UserError
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CAPTION_NAMES = ("caption", "captions", "text", "title", "sentence", "sentences", "raw", "description", "annotation")
-_PATH_NAMES = ("image", "filepath", "file_path", "image_path", "filename", "file_name", "image_name", "path", "file")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 _CSV = (".csv", ".tsv")
 _READ = 10_000  # rows whose captions are looked at together
@@ -34,7 +33,7 @@ class PairTable:
     """Images of a table and their captions, all columns of `texts`; relative paths of images start at `base`."""
 
     table: Table
-    texts: "datasets.Dataset"
+    texts: "datasets.Dataset | None"  # None: there are none
     base: Path | None = None
 
     @property
@@ -47,10 +46,7 @@ class PairTable:
 
     def blobs(self, rows: Sequence[int]) -> list[bytes]:
         """The encoded images at `rows`; empty where a file cannot be opened."""
-        values = self.table.rows[list(rows)][self.table.column]
-        if self.base is not None:
-            values = [self.base / x if isinstance(x, str) else x for x in values]
-        return [bytes_of(str(x) if isinstance(x, Path) else x) for x in values]
+        return [bytes_of(x, self.base) for x in self.table.rows[list(rows)][self.table.column]]
 
     def labels(self, rows: Tensor) -> Tensor:
         """(B,) int64 targets."""
@@ -62,7 +58,9 @@ class PairTable:
 
     def captions(self, rows: Sequence[int]) -> list[list[str]]:
         """The captions of each row that are not empty, column by column."""
-        columns = self.texts[list(rows)]
+        columns = {} if self.texts is None else self.texts[list(rows)]
+        if not columns:
+            return [[] for _ in rows]
         return [_texts_of(values) for values in zip(*columns.values(), strict=True)]
 
 
@@ -72,47 +70,59 @@ def open_pairs(
     image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
+    medium: Medium = IMAGES,
+    optional: bool = False,
 ) -> PairTable:
     """The captioned images of `split` at `path`; rows without a caption are left out, and counted in a warning.
+
+    Of another medium: the clips with transcripts. `optional` keeps all rows, and takes as texts only columns of a usual
+    name; a folder is then searched for files, not for a .csv.
 
     Raises:
         UserError: nothing is there, a column is missing, or no row has a caption.
     """
     local = Path(path).expanduser()
-    if files := _csv_files(local):
-        table = _from_csv(local, files, split, image_column, caption_column, label_column)
-        return PairTable(table, _all_columns(table).select_columns(["captions"]))
-    table = open_table(path, split, image_column, label_column)
-    named = _listed(caption_column) or [None]
-    columns = [_caption_column(_all_columns(table), table.column, x, table.origin or path) for x in named]
-    keep = _with_caption(_all_columns(table).select_columns(columns))
-    if not keep:
-        raise UserError(f"{table.origin}: no row has a caption in column {' or '.join(columns)}: set caption_column")
-    if len(keep) < len(table):
-        log.warning("%s: left out %s of %s rows without a caption", path, len(table) - len(keep), len(table))
-        table = table.select(keep)
+    if files := _csv_files(local, optional):
+        wanted = (image_column, caption_column, label_column)
+        table = _from_csv(local, files, split, *wanted, medium, optional)
+        return PairTable(table, _all_columns(table, medium).select_columns(["captions"]))
+    table = open_table(path, split, image_column, label_column, medium)
     base = (local if local.is_dir() else local.parent) if local.exists() else None
-    return PairTable(table, _all_columns(table).select_columns(columns), base)
+    if optional and caption_column is None:
+        known = [] if table.columns is None else [x for x in medium.texts if x in table.columns.features]
+        return PairTable(table, None if table.columns is None else table.columns.select_columns(known[:1]), base)
+    rows = _all_columns(table, medium)
+    named = _listed(caption_column) or [None]
+    columns = [_text_column(rows, table.column, x, table.origin or path, medium) for x in named]
+    keep = list(range(len(rows))) if optional else _with_text(rows.select_columns(columns))
+    word, where = medium.words, " or ".join(columns)
+    if not keep:
+        raise UserError(f"{table.origin}: no row has a {word} in column {where}: set {word}_column")
+    if len(keep) < len(table):
+        log.warning("%s: left out %s of %s rows without a %s", path, len(table) - len(keep), len(table), word)
+        table = table.select(keep)
+    return PairTable(table, _all_columns(table, medium).select_columns(columns), base)
 
 
-def _csv_files(local: Path) -> list[Path]:
-    """`local` itself if it is a .csv or .tsv, or those in it unless there is parquet too."""
+def _csv_files(local: Path, alone: bool) -> list[Path]:
+    """`local` itself if it is a .csv or .tsv, or (unless `alone`) those in it, if there is no parquet too."""
     if local.is_file():
         return [local] if local.suffix.lower() in _CSV else []
-    if not local.is_dir() or any(local.glob("*.parquet")) or any(local.glob("data/*.parquet")):
+    if alone or not local.is_dir() or any(local.glob("*.parquet")) or any(local.glob("data/*.parquet")):
         return []
     return sorted(x for x in local.iterdir() if x.suffix.lower() in _CSV and not x.name.startswith("."))
 
 
-def _all_columns(table: Table) -> "datasets.Dataset":
+def _all_columns(table: Table, medium: Medium) -> "datasets.Dataset":
     if table.columns is None:
+        words = f"{medium.words}s"
         raise UserError(
-            f"{table.name(0)} and its like are files without captions: list them with their captions in a .csv file"
+            f"{table.name(0)} and its like are files without {words}: list them with their {words} in a .csv file"
         )
     return table.columns
 
 
-def _caption_column(rows: "datasets.Dataset", image: str, given: str | None, origin: str) -> str:
+def _text_column(rows: "datasets.Dataset", image: str, given: str | None, origin: str, medium: Medium) -> str:
     import datasets
 
     def is_text(feature: Any) -> bool:
@@ -123,13 +133,14 @@ def _caption_column(rows: "datasets.Dataset", image: str, given: str | None, ori
     if given is not None and given not in texts:
         kind = "is no text" if given in rows.features else "is not there"
         raise UserError(f"{origin}: column {given!r} {kind}; texts are in {', '.join(texts) or 'no column'}")
-    found = given or next((x for x in _CAPTION_NAMES if x in texts), texts[0] if len(texts) == 1 else None)
+    found = given or next((x for x in medium.texts if x in texts), texts[0] if len(texts) == 1 else None)
     if found is None:
-        raise UserError(f"{origin} has no caption column: set caption_column to one of {', '.join(texts) or 'none'}")
+        word, one_of = medium.words, ", ".join(texts) or "none"
+        raise UserError(f"{origin} has no {word} column: set {word}_column to one of {one_of}")
     return found
 
 
-def _with_caption(rows: "datasets.Dataset") -> list[int]:
+def _with_text(rows: "datasets.Dataset") -> list[int]:
     """Rows that hold a text that is not empty, in any of these columns of texts or of lists of texts."""
     keep = []
     for start in range(0, len(rows), _READ):
@@ -155,6 +166,8 @@ def _from_csv(
     image_column: str | None,
     caption_column: str | Sequence[str] | None,
     label_column: str | None,
+    medium: Medium,
+    optional: bool,
 ) -> Table:
     """Images in the order in which they are first named, each with all captions beside it."""
     from datasets import Dataset, Features, Value
@@ -168,9 +181,9 @@ def _from_csv(
         raise UserError(f"{local} holds {len(chosen)} tables, such as {chosen[0].name}: give the path of one")
     file = chosen[0]
     lines, heads = _read(file)
-    image = _named(file, heads, image_column, _PATH_NAMES, "image_column")
-    named = _listed(caption_column) or [None]
-    captions = [_named(file, heads, x, _CAPTION_NAMES, "caption_column") for x in named]
+    image = _named(file, heads, image_column, medium.paths, f"{medium.one}_column")
+    named = _listed(caption_column) or ([None] if not optional or set(heads) & set(medium.texts) else [])
+    captions = [_named(file, heads, x, medium.texts, f"{medium.words}_column") for x in named]
     label = next((x for x in ([label_column] if label_column else _LABEL_NAMES) if x in heads), None)
     if label_column and label is None:
         raise UserError(f"{file} has no column {label_column!r}: it has {', '.join(heads)}")
@@ -183,14 +196,16 @@ def _from_csv(
             entry["label"] = int(line[label]) if line[label].lstrip("-").isdigit() else line[label]
         if told is not None:
             entry["split"] = line[told]
-    names = [name for name, entry in found.items() if name and entry["captions"]]
+    names = [name for name, entry in found.items() if name and (optional or entry["captions"])]
     if not names:
-        raise UserError(f"{file}: no line has both an image ({image}) and a caption ({' or '.join(captions)})")
+        both = f"both an {medium.one} ({image}) and a {medium.words} ({' or '.join(captions)})"
+        raise UserError(f"{file}: no line has {both}")
     if len(names) < len(found):
-        log.warning("%s: left out %s of %s images without a caption", file, len(found) - len(names), len(found))
+        left = len(found) - len(names)
+        log.warning("%s: left out %s of %s %s without a %s", file, left, len(found), medium.many, medium.words)
     paths = [str(file.parent / Path(name).expanduser()) for name in names]
-    columns: dict[str, Any] = {"image": paths, "captions": [found[name]["captions"] for name in names]}
-    features = {"image": Value("string"), "captions": [Value("string")]}
+    columns: dict[str, Any] = {medium.one: paths, "captions": [found[name]["captions"] for name in names]}
+    features = {medium.one: Value("string"), "captions": [Value("string")]}
     labels = [found[name]["label"] for name in names]
     if label is not None and any(x is not None for x in labels):
         words = any(isinstance(x, str) for x in labels)
@@ -199,8 +214,8 @@ def _from_csv(
     rows = Dataset.from_dict(columns, Features(features))
     label = "label" if "label" in columns else None
     known = sorted({x for x in columns.get("label", []) if x is not None})
-    table = table_of(rows, str(file), "image", label, lambda column: known, None)
-    table.origin = ""  # an image is named by its path
+    table = table_of(rows, str(file), medium.one, label, lambda column: known, None, medium)
+    table.origin = ""  # a sample is named by its path
     if not divide:
         return table
     told_of = [found[name]["split"] for name in names]
@@ -208,7 +223,7 @@ def _from_csv(
         return table.select([i for i, x in enumerate(told_of) if (x != "train") == (split != "train")])
     keep = share([zlib.crc32(name.encode()) for name in names], split)
     if not keep:
-        raise UserError(f"{file} names a single image: it cannot be divided into train and test")
+        raise UserError(f"{file} names a single {medium.one}: it cannot be divided into train and test")
     return table.select(keep)
 
 

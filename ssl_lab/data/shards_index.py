@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_lab.data.folders import SUFFIXES
+from ssl_lab.data.medium import IMAGES
 from ssl_lab.files import replacing
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _scan(shard: Path, captions: bool) -> tuple[ShardIndex, np.ndarray]:
             return file.read(min(place[1], _MOST_TEXT))
 
         for key, parts in members.items():
-            image = next((parts[s] for s in parts if f".{s.rpartition('.')[2]}" in SUFFIXES), None)
+            image = next((parts[s] for s in parts if f".{s.rpartition('.')[2]}" in IMAGES.suffixes), None)
             facts = read(parts["json"]) if "json" in parts else b""
             text, is_json = parts.get("txt", (0, 0)), False
             if facts and (len(captions_of(facts, True)) > 1 or not captions_of(read(text), False)):

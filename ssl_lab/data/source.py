@@ -12,9 +12,9 @@ class Samples:
     """Some rows of a source.
 
     `data` is what the views take: images as one (B, 3, H, W) uint8 tensor where all have one size and lie in memory,
-    else as a list of (3, Hi, Wi) uint8; text as token ids, (B, L) int64 or a list of (Li,). `targets` (B,) int64 holds
-    -1 for an unlabelled sample. `rows` (B,) int64 holds the row that was really read: an unreadable image is replaced
-    by another.
+    else as a list of (3, Hi, Wi) uint8; text as token ids, (B, L) int64 or a list of (Li,); sound as a list of (Si,)
+    float32, or a `Transcribed`. `targets` (B,) int64 holds -1 for an unlabelled sample. `rows` (B,) int64 holds the row
+    that was really read: an unreadable image is replaced by another.
     """
 
     data: Any

@@ -1,4 +1,4 @@
-"""Undecoded images with their targets, from a parquet file or folder, an image folder, or the Hugging Face hub."""
+"""Undecoded images or sound with their targets, from parquet, a folder of files, or the Hugging Face hub."""
 
 import json
 import re
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssl_lab.data.folders import HELD_OUT, choose, class_folders, images_below, missing, no_images, share, split_folders
+from ssl_lab.data.folders import HELD_OUT, choose, class_folders, files_below, missing, nothing_in, share, split_folders
+from ssl_lab.data.medium import IMAGES, Medium
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold
 
 if TYPE_CHECKING:
     import datasets
 
-_IMAGE_NAMES = ("image", "img", "picture", "jpg", "png")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 
 
 @dataclass(slots=True)
 class Table:
-    """Undecoded images: column `column` of `rows` holds bytes, a path, or both; targets (N,) int64, -1 = unlabelled."""
+    """Undecoded files: column `column` of `rows` holds bytes, a path, or both; targets (N,) int64, -1 = unlabelled."""
 
     rows: "datasets.Dataset"
     column: str
@@ -38,7 +38,7 @@ class Table:
         return len(self.rows)
 
     def blobs(self, rows: Sequence[int]) -> list[bytes]:
-        """The encoded images at `rows`; empty where a file cannot be opened."""
+        """The files at `rows`; empty where one cannot be opened."""
         return [bytes_of(x) for x in self.rows[list(rows)][self.column]]
 
     def labels(self, rows: Tensor) -> Tensor:
@@ -53,54 +53,58 @@ class Table:
         return replace(self, rows=self.rows.select(keep), targets=targets, numbers=numbers, columns=columns)
 
     def name(self, row: int) -> str:
-        """How a person finds the image."""
+        """How a person finds the sample."""
         number = self.numbers[row] if self.numbers else row
         return f"{self.origin} row {number}" if self.origin else str(self.rows[row][self.column])
 
 
-def open_table(path: str, split: str, image_column: str | None = None, label_column: str | None = None) -> Table:
-    """The images of `split` at `path`.
+def open_table(
+    path: str, split: str, column: str | None = None, label_column: str | None = None, medium: Medium = IMAGES
+) -> Table:
+    """The images of `split` at `path`, or the files of another medium; `column` holds them in a table.
 
     Where a local set has only one split, its column `split` tells what is held out; without one, a tenth is, by a hash
-    of the file name (or the row number): the same images on every machine and in every run.
+    of the file name (or the row number): the same ones on every machine and in every run.
 
     Raises:
-        UserError: nothing is there, it holds no images, or a column is missing.
+        UserError: nothing is there, it holds no such files, or a column is missing.
     """
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(local.glob("*.parquet")) or sorted(local.glob("data/*.parquet"))
-        return _parquet(local, files, split, image_column, label_column) if files else _folder(local, split)
+        return _parquet(local, files, split, column, label_column, medium) if files else _folder(local, split, medium)
     if local.is_file() and local.suffix == ".parquet":
-        return _parquet(local, [local], split, image_column, label_column)
+        return _parquet(local, [local], split, column, label_column, medium)
     if local.is_file():
         raise UserError(f"{path} is neither a folder nor a parquet file: unpack an archive first, then give its folder")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and local.suffix != ".parquet" and not local.parent.exists():
-        return _hub(path, split, image_column, label_column)
+        return _hub(path, split, column, label_column, medium)
     raise UserError(missing(local))
 
 
-def _folder(root: Path, split: str) -> Table:
+def _folder(root: Path, split: str, medium: Medium) -> Table:
     from datasets import Dataset
 
     splits = split_folders(root)
-    classes = sorted({name for folder in splits.values() for name in class_folders(folder)})
+    classes = sorted({name for folder in splits.values() for name in class_folders(folder, medium)})
     folder, divide = choose(splits, split)
     files: list[str] = []
     targets: list[int] = []
-    for name in class_folders(folder) or [""]:
-        found = list(images_below(folder / name))
+    for name in class_folders(folder, medium) or [""]:
+        found = list(files_below(folder / name, medium))
         files += found
         targets += [classes.index(name) if name else -1] * len(found)
     if not files:
-        raise UserError(no_images(folder))
+        raise UserError(nothing_in(folder, medium))
     # Arrow keeps the names in one buffer; a list of strings would be copied, page by page, into every worker.
-    table = Table(Dataset.from_dict({"image": files}), "image", torch.tensor(targets), classes)
+    table = Table(Dataset.from_dict({medium.one: files}), medium.one, torch.tensor(targets), classes)
     keys = [zlib.crc32(Path(x).relative_to(folder).as_posix().encode()) for x in files] if divide else []
     return _part(table, keys, split) if divide else table
 
 
-def _parquet(root: Path, files: list[Path], split: str, image_column: str | None, label_column: str | None) -> Table:
+def _parquet(
+    root: Path, files: list[Path], split: str, column: str | None, label_column: str | None, medium: Medium
+) -> Table:
     import pyarrow.parquet as pq
     from datasets import load_dataset
 
@@ -116,14 +120,14 @@ def _parquet(root: Path, files: list[Path], split: str, image_column: str | None
         splits.setdefault(named[1] if named else "", []).append(file)
     chosen, divide = choose(splits, split)
     if not sum(pq.read_metadata(x).num_rows for x in chosen):
-        raise UserError(f"no images in {', '.join(map(str, chosen))}: there are no rows")
+        raise UserError(f"no {medium.many} in {', '.join(map(str, chosen))}: there are no rows")
 
     def values(column: str) -> list[Any]:
         return list({x for file in files for x in pq.read_table(file, columns=[column])[column].unique().to_pylist()})
 
     rows = load_dataset("parquet", data_files=[str(x) for x in chosen], split="train")
     origin = str(chosen[0] if len(chosen) == 1 else root)
-    table = table_of(rows, origin, image_column, label_column, values, names)
+    table = table_of(rows, origin, column, label_column, values, names, medium)
     if divide and (told := _told(rows)):
         held_out = split != "train"
         return table.select([i for i, name in enumerate(told) if (name != "train") == held_out])
@@ -138,7 +142,7 @@ def _told(rows: "datasets.Dataset") -> list[str]:
     return found if {"train"} < set(found) <= {"train", *HELD_OUT} else []
 
 
-def _hub(path: str, split: str, image_column: str | None, label_column: str | None) -> Table:
+def _hub(path: str, split: str, column: str | None, label_column: str | None, medium: Medium) -> Table:
     from datasets import load_dataset
 
     try:
@@ -147,45 +151,48 @@ def _hub(path: str, split: str, image_column: str | None, label_column: str | No
         reason = f"and the Hugging Face hub does not give it: {_line(error)}"
         offline = "without a network, set data.path to a folder or parquet file"
         raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
-    return table_of(rows, f"{path} {split}", image_column, label_column, lambda column: list(rows.unique(column)), None)
+    return table_of(rows, f"{path} {split}", column, label_column, lambda x: list(rows.unique(x)), None, medium)
 
 
 def _part(table: Table, keys: list[int], split: str) -> Table:
     keep = share(keys, split)
     if not keep:
-        raise UserError(f"{table.origin or table.name(0)} is a single image: it cannot be divided into train and test")
+        raise UserError(f"{table.origin or table.name(0)} is a single file: it cannot be divided into train and test")
     return table.select(keep)
 
 
 def table_of(
     rows: "datasets.Dataset",
     origin: str,
-    image_column: str | None,
+    column: str | None,
     label_column: str | None,
     values: Callable[[str], list[Any]],
     names: list[str] | None,
+    medium: Medium = IMAGES,
 ) -> Table:
     """Find the columns; `values` lists what a column holds over all splits, `names` those of the classes if known."""
     import datasets
 
     features = rows.features
-    for column in (image_column, label_column):
-        if column is not None and column not in features:
-            raise UserError(f"{origin} has no column {column!r}: it has {', '.join(features)}")
-    images = [x for x, feature in features.items() if isinstance(feature, datasets.Image)]
+    for given in (column, label_column):
+        if given is not None and given not in features:
+            raise UserError(f"{origin} has no column {given!r}: it has {', '.join(features)}")
+    kind = getattr(datasets, medium.feature)
+    typed = [x for x, feature in features.items() if isinstance(feature, kind)]
     labels = [x for x, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    image = image_column or next((x for x in (*images, *_IMAGE_NAMES) if x in features), None)
+    found = column or next((x for x in (*typed, *medium.columns) if x in features), None)
     label = label_column or next((x for x in (*labels, *_LABEL_NAMES) if x in features), None)
-    if image is None:
-        raise UserError(f"{origin} has no column of images: set image_column to one of {', '.join(features)}")
+    if found is None:
+        one_of = ", ".join(features)
+        raise UserError(f"{origin} has no column of {medium.many}: set {medium.one}_column to one of {one_of}")
     targets, classes = torch.full((len(rows),), -1), list[str]()
     if label is not None:
-        column = rows.with_format("arrow")[:][label].to_pylist()
+        labelled = rows.with_format("arrow")[:][label].to_pylist()
         names = names or getattr(features[label], "names", None)
-        targets, classes = _targets(column, [x for x in values(label) if x is not None], names, f"{origin} {label}")
-    if image in images:
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    return Table(rows.select_columns([image]), image, targets, classes, origin, columns=rows)
+        targets, classes = _targets(labelled, [x for x in values(label) if x is not None], names, f"{origin} {label}")
+    if found in typed:
+        rows = rows.cast_column(found, kind(decode=False))
+    return Table(rows.select_columns([found]), found, targets, classes, origin, columns=rows)
 
 
 def _targets(column: list[Any], known: list[Any], names: list[str] | None, origin: str) -> tuple[Tensor, list[str]]:
@@ -201,8 +208,8 @@ def _targets(column: list[Any], known: list[Any], names: list[str] | None, origi
     return torch.tensor([-1 if x is None else x for x in column]), list(names)
 
 
-def bytes_of(value: Any) -> bytes:
-    """What a cell holds, or what is in the file that it names; empty where that cannot be opened."""
+def bytes_of(value: Any, base: Path | None = None) -> bytes:
+    """What a cell holds, or what is in the file that it names, from `base` on; empty where that cannot be opened."""
     if isinstance(value, bytes):
         return value
     entry: dict[str, Any] = {"path": value} if isinstance(value, str) else value or {}
@@ -210,7 +217,7 @@ def bytes_of(value: Any) -> bytes:
     if inside is not None or not entry.get("path"):
         return inside or b""
     try:
-        return Path(entry["path"]).read_bytes()
+        return Path(base or "", entry["path"]).read_bytes()
     except OSError:
         return b""
 
