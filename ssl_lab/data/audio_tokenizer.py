@@ -1,0 +1,72 @@
+"""Tokenizers trained on transcripts. The first token is for padding, which is also CTC's blank."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from ssl_lab.data.medium import AUDIO
+from ssl_lab.data.pairs_table import open_pairs
+from ssl_lab.data.tokenizer import Tokenizer
+from ssl_lab.data.tokenizer_train import Kind, train
+from ssl_lab.data.tones import WORDS
+from ssl_lab.errors import UserError
+
+TONES = "tones"  # the path of the generated words
+_READ = 4096  # transcripts that are read together
+
+
+def trained(
+    path: str,
+    kind: Kind = "character",
+    vocab_size: int = 512,
+    *,
+    special: Sequence[str] = ("<pad>",),
+    transcript_column: str | None = None,
+    split: str = "train",
+) -> Tokenizer:
+    """Train a tokenizer on the transcripts at `path`; the same arguments give the same tokenizer.
+
+    Without transcripts the names of the classes are taken, as the words of joined utterances are. A character tokenizer
+    knows every character of both splits, and the blank.
+
+    Args:
+        path: as `Clips` takes it, or `tones`.
+        kind: character, bpe, bpe4 or wordpiece; see `ssl_lab.data.tokenizer.trained`.
+        vocab_size: tokens in all; it does not matter to `character`.
+        special: special tokens, the first with id 0; a decoder needs `</s>` too. Wordpiece has its own, [PAD] first.
+        transcript_column: None = found.
+        split: what kinds other than `character` are trained on.
+
+    Raises:
+        UserError: no transcripts and no classes, or a vocabulary smaller than the alphabet.
+    """
+    local = Path(path).expanduser()
+    stamp = local.stat().st_mtime_ns if path != TONES and local.exists() else 0
+    return _trained(path, kind, vocab_size, tuple(special), transcript_column, split, stamp)
+
+
+@lru_cache(maxsize=4)
+def _trained(
+    path: str, kind: Kind, vocab_size: int, special: tuple[str, ...], column: str | None, split: str, stamp: int
+) -> Tokenizer:
+    texts = list(WORDS if path == TONES else _texts(path, split, column))
+    if kind == "character" and path != TONES:
+        with suppress(UserError):  # a set of the hub may call it otherwise
+            texts += _texts(path, "test" if split == "train" else "train", column)
+    blank = [" "] if kind == "character" else []
+    own = [x for x in special if kind != "wordpiece" or not x.startswith("<pad")]
+    return Tokenizer(train([*texts, *blank], kind, vocab_size, own, origin=path))
+
+
+def _texts(path: str, split: str, column: str | None) -> Iterator[str]:
+    """The transcripts of a split, or the names of its classes."""
+    table = open_pairs(path, split, None, column, medium=AUDIO, optional=True)
+    if table.texts is None or not table.texts.column_names:
+        if not table.classes:
+            raise UserError(f"{path} has no transcripts and no classes: list its clips with transcripts in a .csv file")
+        yield from table.classes
+        return
+    for start in range(0, len(table), _READ):
+        for found in table.captions(range(start, min(start + _READ, len(table)))):
+            yield from found[:1]
