@@ -131,6 +131,15 @@ class Translates(Protocol):
 
 
 @runtime_checkable
+class Transcribes(Protocol):
+    """A method that writes down speech: word error rate."""
+
+    def transcribe(self, batch: Batch, *, num_beams: int = 1) -> list[list[int]]:
+        """Token ids of what is said in each row of `batch["audio"]`."""
+        ...
+
+
+@runtime_checkable
 class EmbedsPairs(Protocol):
     """A method with images and texts in one space: zero-shot classification, retrieval across both."""
 
