@@ -78,6 +78,8 @@ def choose(
             return "eager"
         if q.shape[2] == 1 and not torch.is_grad_enabled():  # decoding: one fused call instead of three
             return "sdpa"
+        if bias and torch.is_grad_enabled():  # no fused kernel has the derivative of a bias
+            return "eager"
         if q.dtype in (torch.bfloat16, torch.float16):
             return "eager" if length <= 1024 else "sdpa"
         return "eager" if length < 80 and dim >= 32 else "sdpa"

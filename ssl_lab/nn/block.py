@@ -30,6 +30,7 @@ class Context:
     memory: Tensor | None = None  # (B, S, D) for cross-attention
     memory_mask: AttnMask = FULL
     bias: Tensor | None = None  # (1 | B, H, L, S) added to the scaled scores of self-attention (ALiBi, T5)
+    waves: Tensor | None = None  # (2 L - 1, D) of the distances L - 1 .. 1 - L, see `ssl_lab.nn.relative`
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
 
@@ -39,7 +40,7 @@ class Context:
         A single position under a causal mask is one that sees all keys up to its own.
         """
         mask = self.mask
-        if mask.causal and rows.shape[1] == 1 and mask.window is None and mask.prefix is None:
+        if mask.causal and rows.shape[1] == 1 and mask.window is None and mask.prefix is None and mask.chunk is None:
             seen = torch.arange(length, device=rows.device) <= rows
             mask = replace(mask, causal=False, valid=seen if mask.valid is None else seen & mask.valid)
         return replace(self, mask=mask, rows=rows)

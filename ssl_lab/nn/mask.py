@@ -29,6 +29,8 @@ class AttnMask:
             side. Longformer's (arXiv:2004.05150) attention window w is 1 + w // 2.
         everyone: (B, S) bool, positions outside of the window's rule: they see all and all see them (Longformer's
             global attention), as far as the other conditions allow.
+        chunk: under `causal`, positions stand in groups of so many that see each other whole: a position sees its own
+            group and earlier ones (streaming speech recognition, arXiv:2012.05481).
     """
 
     causal: bool = False
@@ -37,11 +39,12 @@ class AttnMask:
     prefix: Tensor | None = None
     window: int | None = None
     everyone: Tensor | None = None
+    chunk: int | None = None
 
     @property
     def plain(self) -> bool:
         """Nothing but (non-)causal: every fast kernel can do it."""
-        return self.valid is None and self.segments is None and self.prefix is None and self.window is None
+        return all(t is None for t in (self.valid, self.segments, self.prefix, self.window, self.chunk))
 
     @property
     def may_be_empty(self) -> bool:
@@ -74,7 +77,7 @@ class AttnMask:
                 near = near | self.everyone[:, None, -S:][:, :, -L:, None] | self.everyone[:, None, None, -S:]
             conditions.append(near)
         if self.causal and L > 1:
-            conditions.append((k <= q)[None, None])
+            conditions.append((self._group(k) <= self._group(q))[None, None])
         if self.causal and self.prefix is not None and conditions:
             ordered = _all(conditions) | (k < self.prefix[:, None, None, None])
             conditions = [ordered]
@@ -84,6 +87,10 @@ class AttnMask:
             seen = self.segments[:, -S:]
             conditions.append(seen[:, None, -L:, None] == seen[:, None, None])
         return _all(conditions)
+
+    def _group(self, position: Tensor) -> Tensor:
+        """What the causal rule compares: positions, or their chunks."""
+        return position if self.chunk is None else position // self.chunk
 
     def mask_mod(self, L: int, S: int) -> Predicate:
         """The same rule as a FlexAttention predicate (b, h, q_idx, kv_idx) -> bool."""
@@ -100,7 +107,7 @@ class AttnMask:
                     near = near | everyone[b, q] | everyone[b, k]
                 ok = ok & near
             if self.causal:
-                ok = ok & (k <= q)
+                ok = ok & (self._group(k) <= self._group(q))
                 if self.prefix is not None:
                     ok = ok | (k < self.prefix[b])
             if valid is not None:

@@ -20,11 +20,13 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or dist.world_size() == 1:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        count = len(x) * dist.world_size()
+        count = dist.all_reduce_sum(x.new_tensor(float(len(x)))).clamp(
+            min=1
+        )  # ranks may hold different numbers of rows
         mean = dist.all_reduce_sum(x.sum(0)) / count
         centred = x - mean
         variance = dist.all_reduce_sum(centred.square().sum(0)) / count
-        self._remember(mean.detach(), variance.detach() * count / max(1, count - 1))
+        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         out = centred * (variance + self.eps).rsqrt()
         return out if self.weight is None else torch.addcmul(self.bias, out, self.weight)
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, NormType, Residual
+from ssl_lab.nn.conv import ConvModule
 from ssl_lab.nn.ffn import GLU, MLP
 from ssl_lab.nn.mla import MLA
 from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
 from ssl_lab.nn.norm import RMSNorm
+from ssl_lab.nn.relative import RelativeAttention
 
 gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
 
@@ -246,3 +248,32 @@ def switch_block(
         experts = moe(dim, hidden=hidden, dropout=dropout)
         block["mlp"] = Residual(dim, experts, norm=functools.partial(rms_norm, eps=eps), dropout=dropout)
     return block
+
+
+def conformer_block(
+    dim: int,
+    num_heads: int,
+    *,
+    positions: Literal["relative", "rope", "none"] = "relative",
+    mlp_ratio: float = 4.0,
+    conv: Callable[[int], nn.Module] = ConvModule,
+    eps: float = 1e-5,
+    layer: int = 0,
+    kernel: KernelName = "auto",
+    dropout: float = 0.0,
+) -> Block:
+    """Conformer (arXiv:2005.08100): half an MLP, attention, convolution, half an MLP, and a norm of the sum.
+
+    With "rope" attention turns queries and keys by `Context.rope`; `conv` makes the convolution module from dim, e.g.
+    `functools.partial(ConvModule, kernel_size=15)`. Dropout acts inside the MLPs and on what each branch gives.
+    """
+    norm = functools.partial(layer_norm, eps=eps)
+    attention = RelativeAttention if positions == "relative" else Attention
+    first, last = (MLP(dim, int(dim * mlp_ratio), act=F.silu, dropout=dropout) for _ in range(2))
+    branch = functools.partial(Residual, dim, norm=norm, dropout=dropout)
+    return Block(
+        mlp1=branch(first, scale=0.5),
+        attn=branch(attention(dim, num_heads, kernel=kernel, layer=layer)),
+        conv=branch(conv(dim)),
+        mlp2=branch(nn.Sequential(norm(dim), last), scale=0.5, place="post"),
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssl_lab.nn.kernels.products import product
 from ssl_lab.nn.mask import AttnMask
 
 
@@ -17,9 +18,12 @@ def eager(
     A query that may attend to nothing gives 0.
     """
     trains = q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains and bias is None and dropout_p == 0 and q.device.type == "cpu":
+    if trains and dropout_p == 0 and q.device.type == "cpu":
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
-        out: Tensor = _Training.apply(q, k, v, None if allowed is None else ~allowed, scale, mask.may_be_empty)
+        hidden = None if allowed is None else ~allowed
+        if bias is not None:
+            bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty)
         return out
     weights = attention_map(q, k, mask, scale, dropout_p, bias)
     return _per_head(weights, v)
@@ -30,19 +34,27 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, empty_rows: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor | None,
+        scale: float,
+        empty_rows: bool,
     ) -> Tensor:
         (B, H, L, Dh), (_, G, S, _) = q.shape, k.shape
         q, k, v = q.reshape(B * G, -1, Dh), k.flatten(0, 1), v.flatten(0, 1)
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        plus = None if bias is None else bias.reshape(B * G, -1, S)
+        scores = product(q, k.transpose(1, 2), alpha=scale, plus=plus)
         if hidden is not None:
             scores.view(B, H, L, S).masked_fill_(hidden, float("-inf"))
-        weights = scores.softmax(-1)
+        weights = torch.softmax(scores, -1, out=scores)  # in place: large tensors cost most when they are first touched
         if hidden is not None and empty_rows:  # softmax over -inf is NaN
             weights.view(B, H, L, S).masked_fill_(hidden.all(-1, keepdim=True), 0.0)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, (B, H, L, G, S)
-        return torch.bmm(weights, v).view(B, H, L, -1)
+        return product(weights, v).view(B, H, L, -1)
 
     @staticmethod
     @once_differentiable
@@ -50,12 +62,13 @@ class _Training(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         B, H, L, G, S = ctx.shape
         grad = grad.reshape(B * G, -1, grad.shape[-1])
-        into_v = torch.bmm(weights.transpose(1, 2), grad)
-        into_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype)
-        zero = q.new_empty(())
-        into_q = torch.baddbmm(zero, into_scores, k, beta=0, alpha=ctx.scale)
-        into_k = torch.baddbmm(zero, into_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-        return into_q.view(B, H, L, -1), into_k.view(B, G, S, -1), into_v.view(B, G, S, -1), None, None, None
+        into_v = product(weights.transpose(1, 2), grad)
+        into_scores = product(grad, v.transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(into_scores, weights, -1, weights.dtype, grad_input=into_scores)
+        into_q = product(into_scores, k, alpha=ctx.scale)
+        into_k = product(into_scores.transpose(1, 2), q, alpha=ctx.scale)
+        into_bias = into_scores.view(B, H, L, S) if ctx.needs_input_grad[3] else None
+        return into_q.view(B, H, L, -1), into_k.view(B, G, S, -1), into_v.view(B, G, S, -1), into_bias, None, None, None
 
 
 def attention_map(

@@ -1,0 +1,49 @@
+"""Batched matrix products of attention, with large float32 ones on a CPU sent head by head to oneDNN.
+
+torch sends them to MKL, which on processors of other makers stays below their widest vectors (see `ssl_lab.nn.linear`).
+"""
+
+import torch
+from torch import Tensor
+
+from ssl_lab.nn import linear
+
+_SMALLEST = 1 << 20  # multiplications in one product: below, oneDNN's fixed cost is more than it gains
+
+
+def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None) -> Tensor:
+    """alpha * a b + plus, (N, M, K), (N, K, P), (N, M, P) -> (N, M, P); not for autograd to follow.
+
+    A matrix may be a transposed view; every other layout than that is copied first.
+    """
+    if not _through_onednn(a, b):
+        if plus is None:
+            return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
+        return torch.baddbmm(plus, a, b, alpha=alpha)
+    out = torch.stack([_single(x, y) for x, y in zip(a, b, strict=True)])
+    if alpha != 1.0:
+        out.mul_(alpha)
+    return out if plus is None else out.add_(plus)
+
+
+def _through_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.shape[1] * a.shape[2] * b.shape[2] >= _SMALLEST
+        and linear._AVAILABLE
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _single(x: Tensor, y: Tensor) -> Tensor:
+    """(M, K), (K, P) -> (M, P); where x is transposed and tall, the transposed product is faster."""
+    x, y = _dense(x), _dense(y)
+    if not x.is_contiguous() and y.shape[1] < x.shape[0]:
+        return linear._product(y.t(), x).t()
+    return linear._product(x, y.t())
+
+
+def _dense(x: Tensor) -> Tensor:
+    """oneDNN falls back to a loop a thousand times slower for rows with gaps between them."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
