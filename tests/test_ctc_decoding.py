@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ssl_lab.generation.chunks import in_chunks
 from ssl_lab.generation.ctc import CTCBeam, align, beam_search, greedy, pieces, words
 
 ALL = CTCBeam(width=10_000, prune=math.inf)
@@ -126,3 +127,19 @@ def test_words_last_from_their_first_letter_to_their_last():
     assert [(round(w.start, 3), round(w.end, 3)) for w in said] == [(0.06, 0.22), (0.34, 0.42)]
     assert words([], [], Letters(), 0.04) == []
     assert [w.text for w in words([1, 2, 1], [(0, 0), (1, 1), (2, 2)], Letters(), 1.0)] == ["a"]
+
+
+@pytest.mark.parametrize("samples", [9, 40, 41, 79, 80, 81, 203])
+def test_chunks_give_the_frames_of_the_whole(samples):
+    step, audio = 4, torch.randn(samples, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    heard = []
+
+    def emit(part):
+        heard.append(len(part))
+        return part.unfold(0, 8, step).sum(1, keepdim=True)  # frame t from t * step on
+
+    found = in_chunks(emit, audio, step=step, chunk=40, overlap=16)
+    assert max(heard) <= 40 and min(heard) >= 9
+    torch.testing.assert_close(found, emit(audio), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="do not advance"):
+        in_chunks(emit, audio.repeat(9), step=step, chunk=40, overlap=40)

@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> None:
     """
     if cfg.precision not in PRECISIONS:
         raise UserError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
-    device = _device(str(cfg.device))
+    device = device_named(str(cfg.device))
     speaker = _speaker(cfg)
     known = Below(speaker.tokenizer.vocab_size)
     sampling = Sampling(
@@ -201,7 +201,8 @@ def _beside(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device, or the one that there is for `auto`; else a `UserError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,6 +11,7 @@ VERBS = {
     "train": "train a method; the verb may be left out",
     "evaluate": "judge the features of a checkpoint or of imported weights",
     "generate": "text from a language model: a run, or imported weights",
+    "transcribe": "what is said in sound files, by a run of speech recognition",
     "export": "write a checkpoint as timm, Hugging Face or plain safetensors weights",
     "bench": "time training steps, alone or beside other libraries",
     "tokenizer": "train a tokenizer, and say how many bytes a token holds",
@@ -29,6 +30,10 @@ EXAMPLES = {
     "generate": [
         'ssl-lab generate ckpt=runs/causal_lm/0 prompt="a small red" temperature=0.8 seed=1',
         'ssl-lab generate ckpt=gguf:model.gguf chat=true prompt="What is the capital of France?" temperature=0',
+    ],
+    "transcribe": [
+        "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=recording.wav words=true",
+        "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=/my/recordings num_beams=8",
     ],
     "export": ["ssl-lab export ckpt=runs/quickstart/0/checkpoints/last.ckpt to=timm"],
     "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
@@ -60,7 +65,7 @@ def help_text(verb: str | None, folders: list[Path]) -> str:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:<11}{text}" for name, text in VERBS.items())
     return f"""ssl-lab <verb> [group=choice] [key=value] ...
 
 {verbs}
