@@ -29,8 +29,8 @@ def choosing(group, choice):
         assert tower in METHODS
     beside = {"pixels": ["data=cifar10_pixels"], "cifar10_pixels": ["views@data.views=pixels"]}.get(choice, [])
     beside += ["method.decoder.max_length=256"] if beside else []
-    if choice in SOUND and group in ("data", "views"):  # no method needs to hear for that
-        beside += ["backbone=resnet18", "views@data.views=audio" if group == "data" else "data=tones"]
+    if choice in SOUND and group == "views":
+        beside += ["data=tones"]
     place = [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}"]
     return [*place, *beside, *([PATH] if group == "data" else [])]
 
@@ -63,7 +63,8 @@ def method_for(group, choice):
         return [f"method={next((m for name, m in FAMILIES.items() if choice.startswith(name)), 'supervised')}"]
     mount = f"data@_global_.data: {choice}\n" if group == "data" else f"data.views: {choice}\n"
     choosing = [m for m in METHODS if mount in (CONF / f"method/{m}.yaml").read_text()]
-    return [f"method={READERS.get((group, choice), choosing[0] if choosing else 'supervised')}"]
+    default = "audio_classification" if choice in SOUND else "supervised"
+    return [f"method={READERS.get((group, choice), choosing[0] if choosing else default)}"]
 
 
 def each_choice():
@@ -77,7 +78,7 @@ def each_choice():
 def build_on_meta(node):
     """The object without memory for its weights; a classifier's classes come from the data set otherwise."""
     parameters = inspect.signature(get_object(node._target_)).parameters
-    from_data = {name: 10 for name in ("num_classes", "start_token") if name in parameters}
+    from_data = {name: 10 for name in ("num_classes", "start_token", "vocab_size") if name in parameters}
     with torch.device("meta"):
         return build(node, **from_data)
 
@@ -128,11 +129,12 @@ def test_bench_takes_every_experiment(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluate_takes_the_groups_of_a_method(name):
     chosen = composed(f"method={name}")
-    reads_images = chosen.data.get("path") != "captions" and "encoder" in chosen.method
+    hears = "sampling_rate" in chosen.data
+    reads_images = chosen.data.get("path") != "captions" and "encoder" in chosen.method and not hears
     more = ["data=shapes", "backbone=vit_ti4"] if reads_images else []
     cfg = composed(f"method={name}", *more, "eval=[knn]", verb="evaluate")
     assert list(cfg.eval) == ["knn"]
-    assert cfg.data._target_ == "ssl_lab.data.module.DataModule"
+    assert cfg.data._target_ == f"ssl_lab.data.{'audio_module.Audio' if hears else 'module.Data'}Module"
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "export", "doctor"])

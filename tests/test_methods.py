@@ -21,6 +21,7 @@ METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").
 SMALL = {
     "layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32,
     "vocab_size": 64, "max_length": 16, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
+    "sampling_rate": 8000, "num_mels": 16,
 }  # fmt: skip
 
 
@@ -58,13 +59,26 @@ def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
     )
 
 
+def sound(size: int = 8) -> Batch:
+    """Clips of 1.1 to 1.5 s at 8 kHz; a clip of class c has its tone and noise."""
+    generator = torch.Generator().manual_seed(0)
+    at, length = torch.arange(12000), 12000 - 800 * (torch.arange(size)[:, None] % 5)
+    tone = torch.sin(at / 8000 * 2 * torch.pi * (400 + 800 * (torch.arange(size)[:, None] % 4)))
+    audio = 0.3 * tone + 0.03 * torch.randn(size, 12000, generator=generator)
+    return Batch(audio=audio * (at < length), audio_valid=at < length)
+
+
 def batch(size: int = 8) -> Batch:
-    """What every method finds something in: images, views and texts."""
+    """What every method finds something in: images, views, sounds and texts."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(size, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     image = image + 0.1 * torch.randn(size, 3, 32, 32, generator=generator)
     views = [image + 0.1 * torch.randn(image.shape, generator=generator) for _ in range(2)]
-    return Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size)) | text(size)
+    return (
+        Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size))
+        | sound(size)
+        | text(size)
+    )
 
 
 @pytest.fixture(params=METHODS)

@@ -90,6 +90,20 @@ def test_every_method_of_text_goes_on(tmp_path, method):
     same_end(whole, out)
 
 
+@pytest.mark.parametrize(
+    "method", ["ctc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("best_rq", "audio_classification"))]
+)
+def test_every_method_of_sound_goes_on(tmp_path, method):
+    """Its batch norms, SpecAugment, dropout and masks too."""
+    network = [f"method.encoder.{word}" for word in ("dim=16", "depth=1", "num_heads=2", "stem.channels=8")]
+    words = [f"method={method}", *network, *COMMON, "data.rows=40", "duration=8steps"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run([*words, f"out={whole}"]) == 0
+    assert run([*words, f"out={out}"], ("backward", 6)) == -9
+    assert run([*words, f"out={out}"]) == 0
+    same_end(whole, out)
+
+
 def test_killed_twice_with_workers_accumulation_and_average(reference, tmp_path):
     options = ["data.num_workers=2", "trainer.accumulate_grad_batches=2", "ema=0.9"]
     out = tmp_path / "run"

@@ -69,7 +69,8 @@ class LogMel(nn.Module):
         self.gain, self.floor = gain, floor
         self.length, self.hop = round(sampling_rate * window_ms / 1000), round(sampling_rate * hop_ms / 1000)
         self.transform = 2 ** math.ceil(math.log2(self.length))
-        filters = mel_filters(sampling_rate, num_mels, self.transform, style=style, band=band)
+        with torch.device("cpu"):  # numbers are looked at, also where weights have no memory
+            filters = mel_filters(sampling_rate, num_mels, self.transform, style=style, band=band)
         empty = int((filters.amax(0) == 0).sum())
         if empty > num_mels / 10:  # AST's own 128 bins have one; it is the constant log(floor)
             raise UserError(
