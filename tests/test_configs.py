@@ -52,6 +52,8 @@ FAMILIES = {
     "transformer": "seq2seq",
     "t5": "seq2seq",
     "bert": "masked_lm",
+    "conformer": "ctc",
+    "ast": "audio_classification",
 }
 
 

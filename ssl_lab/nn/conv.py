@@ -134,15 +134,22 @@ class FrameNorm(BatchNorm):
         return out.view(input.shape)
 
     def _normed(self, frames: Tensor) -> Tensor:
-        several = len(frames) > 1
-        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: recomputed
-        mean, variance = (None, None) if several and again else (self.running_mean, self.running_var)
-        if several and not again and self.num_batches_tracked is not None:
+        several, counts = len(frames) > 1, not _recomputes()
+        if several and counts and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
+        weight = (0.1 if self.momentum is None else self.momentum) * counts
         return F.batch_norm(
-            frames, mean, variance, self.weight, self.bias, several, 0.1 if self.momentum is None else self.momentum,
-            self.eps,
-        )  # fmt: skip
+            frames, self.running_mean, self.running_var, self.weight, self.bias, several, weight, self.eps
+        )
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if not _recomputes():
+            super()._remember(mean, variance)
+
+
+def _recomputes() -> bool:
+    """Whether this runs inside a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class ConvSubsampling(nn.Module):

@@ -109,7 +109,7 @@ def architecture(backbone: nn.Module) -> dict[str, Any]:
         return {"class": "Timm", "arguments": backbone.arguments}
     if facts := families.facts_of(backbone):
         return {"class": families.KINDS[facts["family"]].__name__, "arguments": facts}
-    if not isinstance(backbone, ViT) or not all(map(_plain, backbone.blocks)):
+    if type(backbone) is not ViT or not all(map(_plain, backbone.blocks)):
         return {}
     stem = backbone.patch_embed
     if stem.proj.bias is None or not isinstance(stem.norm, nn.Identity) or backbone.norm.eps != layer_norm(1).eps:
