@@ -76,12 +76,12 @@ def test_waves_are_those_of_transformers():
     torch.testing.assert_close(relative_waves(50, DIM), table[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("lines", "cache"), [(128, 1 << 22), (4, 1)])
-def test_relative_attention_is_that_of_transformers(lines, cache, monkeypatch):
+@pytest.mark.parametrize(("lines", "size"), [(128, 1 << 24), (4, 1)])
+def test_relative_attention_is_that_of_transformers(lines, size, monkeypatch):
     from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as theirs
 
     monkeypatch.setattr(relative, "_LINES", lines)
-    monkeypatch.setattr(relative, "_CACHE", cache)
+    monkeypatch.setattr(relative, "_BYTES", size)
     reference = randomise(theirs.Wav2Vec2ConformerSelfAttention(config("relative")), seed=3)
     ours = RelativeAttention(DIM, HEADS).double()
     ours.load_state_dict(in_our_names(reference.state_dict(), ours.state_dict(), ATTENTION))

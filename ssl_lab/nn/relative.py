@@ -20,8 +20,8 @@ from ssl_lab.nn.mask import AttnMask
 if TYPE_CHECKING:
     from ssl_lab.nn.block import Context
 
-_CACHE = 1 << 22  # bytes of scores that one go may have on a CPU: what follows them then still lies in the cache
-_LINES = 128  # queries whose products with distances are made together
+_BYTES = 1 << 24  # of bias and scores in one go on a CPU: tensors of more are returned to the system at every use
+_LINES = 128  # queries whose products with distances are made together, so that they lie in the cache
 
 
 class RelativeAttention(Attention):
@@ -54,7 +54,9 @@ class RelativeAttention(Attention):
         add = torch.cat([self.u.flatten(), self.u.new_zeros(2 * dim)])  # u costs nothing as a bias of the projection
         heads = self._heads(linear(x, self.qkv.weight, self.qkv.bias + add))
         more = (self.v - self.u)[:, None]
-        step = rows if x.is_cuda else max(1, _CACHE // (2 * self.num_heads * length**2 * far.element_size()))
+        step = (
+            rows if x.device.type != "cpu" else max(1, _BYTES // (2 * self.num_heads * length**2 * far.element_size()))
+        )
         out = []
         for start, piece in zip(range(0, rows, step), heads.split(step), strict=True):
             q, k, v = piece.chunk(3, 1)
