@@ -1,13 +1,18 @@
-"""CTC: its loss against torch, rows without an alignment, padding, and what is told in a line."""
+"""CTC and BEST-RQ: their losses by hand, rows without an alignment, padding, and what is told in a line."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import greedy
-from ssl_lab.methods.ctc import CTC, frames_needed, packed
+from ssl_lab.losses.ctc import frames_needed, packed
+from ssl_lab.methods.best_rq import BestRQ
+from ssl_lab.methods.ctc import CTC
+from ssl_lab.nn.conv import ConvSubsampling
+from ssl_lab.nn.mel import LogMel
 from ssl_lab.types import Encoded
 
 
@@ -95,3 +100,30 @@ def test_what_cannot_be_is_told():
         toy().step({"image": torch.zeros(1, 3, 8, 8), "labels": torch.zeros(1, 2)}, 0.5)
     with pytest.raises(UserError, match="transcripts"):
         toy().step({"audio": torch.zeros(1, 800)}, 0.5)
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_best_rq_tells_the_codes_of_tokens_that_are_hidden_whole(codebooks):
+    torch.manual_seed(0)
+    encoder = Conformer(16, 1, 2, front=LogMel(8000, 12), stem=lambda bins, dim: ConvSubsampling(bins, dim, channels=4))
+    method = BestRQ(encoder, num_codes=9, code_dim=4, codebooks=codebooks).double().eval()
+    features = torch.randn(3, 60, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    valid = torch.arange(60) < torch.tensor([60, 41, 30])[:, None]
+    hidden = torch.zeros_like(valid)
+    hidden[0, 9:30], hidden[1, 20:28], hidden[2, 25:40] = True, True, True
+    noise = torch.zeros_like(features)
+    step = method.predict(features, valid, hidden & valid, noise)
+    tokens = encoder(features.masked_fill((hidden & valid)[..., None], 0), valid=valid).tokens
+    codes = method.quantizer(features, valid)
+    # token t has the code of frames 4 t + 1 ... 4 t + 4
+    at = [(b, t) for b in range(3) for t in range(14) if bool((hidden & valid)[b, 4 * t + 1 : 4 * t + 5].all())]
+    at = [(b, t) for b, t in at if 4 * t + 7 <= int(valid[b].sum())]
+    assert at == [(0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 5)]
+    losses = [
+        F.cross_entropy(method.head(tokens[b, t]).view(codebooks, 9)[c], codes[b, t, c])
+        for b, t in at for c in range(codebooks)
+    ]  # fmt: skip
+    torch.testing.assert_close(step.loss, torch.stack(losses).mean())
+    assert step.logs["masked"] == pytest.approx(len(at) / (3 * 14))
+    nothing = method.predict(features, valid, torch.zeros_like(hidden), noise)
+    assert nothing.loss == 0

@@ -1,14 +1,12 @@
 """Speech recognition by CTC (Graves et al., 2006): a token or the blank for each frame, summed over all alignments."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_lab import dist
 from ssl_lab.backbones.hear import SpeechEncoder, hear
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
-from ssl_lab.losses.lm import IGNORE
+from ssl_lab.losses.ctc import ctc_loss
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.linear import Linear
 from ssl_lab.types import Batch, Step
@@ -45,28 +43,12 @@ class CTC(Method):
         if "labels" not in batch:
             raise UserError("there is nothing to write down: choose data with transcripts, such as data=speech")
         encoded = hear(self.encoder, batch, self.augment)
-        labels, frames = packed(batch["labels"]), _count(encoded.tokens, encoded.valid)
-        lost = (frames_needed(labels) > frames) | (frames == 0)
-        labels = labels.masked_fill(lost[:, None], IGNORE)
         logits = self.head(encoded.tokens)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        with torch.autocast(logits.device.type, enabled=False):
-            log_probs = logits.to(exact).log_softmax(-1)
-            nll = F.ctc_loss(
-                log_probs.transpose(0, 1),
-                labels.clamp(min=0),
-                frames.clamp(min=1),
-                (labels != IGNORE).sum(1),
-                blank=self.blank,
-                reduction="none",
-            )
-        # tokens of all ranks; a batch in which every row is lost teaches nothing, and ends no run
-        tokens = dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
-        loss = nll.masked_fill(lost, 0.0).sum() / tokens.where(tokens > 0, 1.0)
-        said = log_probs.detach().argmax(-1) != self.blank
-        real = torch.arange(said.shape[1], device=said.device) < frames[:, None]
+        loss, too_long = ctc_loss(logits, batch["labels"], encoded.valid, blank=self.blank)
+        said = logits.detach().argmax(-1) != self.blank
+        real = torch.ones_like(said) if encoded.valid is None else encoded.valid
         logs: dict[str, Tensor | float] = {
-            "too_long": lost.float().mean(),
+            "too_long": too_long,
             "spoken": (said & real).sum() / real.sum().clamp(min=1),  # 0 for long: nothing but blanks is learned
         }
         return Step(loss, logs)
@@ -86,18 +68,6 @@ class CTC(Method):
         if num_beams == 1:
             return [greedy(row, self.blank) for row in rows]
         return [beam_search(row, CTCBeam(num_beams), blank=self.blank)[0][0] for row in rows]
-
-
-def packed(labels: Tensor) -> Tensor:
-    """Labels (B, L) with those that are not scored (-100) moved to the end of each row."""
-    return labels.gather(1, (labels == IGNORE).long().argsort(dim=1, stable=True))
-
-
-def frames_needed(labels: Tensor) -> Tensor:
-    """(B,) int64: fewest frames that can say packed labels (B, L)."""
-    known = labels != IGNORE
-    repeated = (labels[:, 1:] == labels[:, :-1]) & known[:, 1:]
-    return known.sum(1) + repeated.sum(1)
 
 
 def _count(tokens: Tensor, valid: Tensor | None) -> Tensor:

@@ -51,12 +51,13 @@ class RandomQuantizer(nn.Module):
         self.register_buffer("codebook", F.normalize(codebook, dim=-1))
 
     @torch.no_grad()
-    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Features and their valid frames (B, T) bool, all by default; codes of other frames mean nothing."""
-        features = F.pad(features, (0, 0, 0, max(0, self.receptive - features.shape[1])))
-        count = (features.shape[1] - self.receptive) // self.stride + 1
-        first = (self.receptive - self.stack) // 2
-        stacked = features[:, first:].unfold(1, self.stack, self.stride)[:, :count].transpose(2, 3).flatten(2)
+    def forward(self, features: Tensor, valid: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Features and their valid frames (B, T) bool, all by default; codes of other frames mean nothing.
+
+        With `at` (B, T') bool only those M codes are looked for: (M, C).
+        """
+        stacked = self.stacked(features).flatten(2)
+        count = stacked.shape[1]
         if valid is None:
             real = stacked.new_ones(stacked.shape[:2], dtype=torch.bool)
         else:
@@ -64,9 +65,18 @@ class RandomQuantizer(nn.Module):
             real = torch.arange(count, device=valid.device) < seen[:, None]
         with torch.autocast(features.device.type, enabled=False):
             stacked = _standardized(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), real[..., None])
-            projected = torch.einsum("btf,cfd->btcd", stacked, self.projection.to(stacked.dtype))
-            near = torch.einsum("btcd,ced->btce", projected, self.codebook.to(stacked.dtype))
+            stacked = stacked if at is None else stacked[at]
+            projected = torch.einsum("...f,cfd->...cd", stacked, self.projection.to(stacked.dtype))
+            near = torch.einsum("...cd,ced->...ce", projected, self.codebook.to(stacked.dtype))
             return near.argmax(-1)  # entries have length 1, so the length of the projection decides nothing
+
+    def stacked(self, frames: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, T', stack, ...): the frames of each code; too few are filled up with 0."""
+        rest = frames.dim() - 2
+        frames = F.pad(frames, (*(0, 0) * rest, 0, max(0, self.receptive - frames.shape[1])))
+        count = (frames.shape[1] - self.receptive) // self.stride + 1
+        cut = frames[:, (self.receptive - self.stack) // 2 :].unfold(1, self.stack, self.stride)
+        return cut[:, :count].movedim(-1, 2)
 
 
 def _standardized(x: Tensor, real: Tensor) -> Tensor:
