@@ -11,6 +11,7 @@ from ssl_lab.backbones.text import post_norm
 from ssl_lab.errors import UserError
 from ssl_lab.nn.block import Block, Context, Transformer
 from ssl_lab.nn.conv import ConvSubsampling
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.mel import LogMel
 from ssl_lab.nn.recipes import conformer_block
@@ -70,7 +71,7 @@ class Conformer(Transformer):
         self.dim, self.head_dim, self.positions = dim, dim // num_heads, positions
         self.chunk, self.history = chunk, history
         self.front: LogMel = front or LogMel()  # type: ignore[assignment]
-        self.embed, self.dropout = stem(self.front.num_mels, dim), nn.Dropout(dropout)
+        self.embed, self.dropout = stem(self.front.num_mels, dim), Dropout(dropout)
         self.pretrained = weights is not None
         if weights is not None:
             from ssl_lab.weights.io import load

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_lab.nn.block import Block, Context, NormType, Transformer
 from ssl_lab.nn.cache import KVCache
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
@@ -52,7 +53,7 @@ class Decoder(Transformer):
         super().__init__(lambda layer: block(dim, num_heads, layer=layer), depth, dim, norm=norm)
         self.dim, self.vocab_size, self.window = dim, vocab_size, window
         self.embed, self.positions = nn.Embedding(vocab_size, dim), positions(dim, num_heads, max_length)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = None if tied else Linear(dim, vocab_size, bias=False)
         self.init_weights()
         if weights is not None:
@@ -75,6 +76,7 @@ class Decoder(Transformer):
         *,
         valid: Tensor | None = None,
         segments: Tensor | None = None,
+        prefix: Tensor | None = None,
         cache: KVCache | None = None,
         memory: Tensor | None = None,
         memory_mask: AttnMask = FULL,
@@ -86,6 +88,7 @@ class Decoder(Transformer):
             x: the new tokens.
             valid: (B, S) bool over past and new tokens, False = padding; positions count the valid ones.
             segments: (B, L) documents of a packed row, which do not see each other.
+            prefix: (B,) int64 length of a leading part that all positions see (prefix-LM).
             cache: keys and values of the past, extended in place.
             memory: (B, M, D) for cross-attention, where the blocks have one.
             memory_mask: who may be seen there.
@@ -101,7 +104,7 @@ class Decoder(Transformer):
         if (added := self.positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)
         ctx = Context(
-            mask=AttnMask(causal=True, valid=valid, segments=segments, window=self.window),
+            mask=AttnMask(causal=True, valid=valid, segments=segments, prefix=prefix, window=self.window),
             rope=self.positions.rope(at),
             bias=self.positions.bias(length, past + length, x.device),
             memory=memory,

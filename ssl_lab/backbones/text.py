@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.nn.block import Block, Context, NormType, Residual, Transformer
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
 from ssl_lab.nn.recipes import bert_block, layer_norm
@@ -58,7 +59,7 @@ class TextEncoder(Transformer):
         self.embed_norm: nn.Module = nn.Identity()
         if post_norm(self):
             self.embed_norm, self.norm = (norm or functools.partial(layer_norm, eps=1e-12))(dim), nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.pretrained = weights is not None
         self.init_weights()
         if weights is not None:

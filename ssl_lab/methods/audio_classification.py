@@ -1,12 +1,12 @@
 """Classification of clips by any encoder of sound, from scratch or from pre-trained weights (AST, arXiv:2104.01778)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab.backbones.hear import SpeechEncoder, hear
 from ssl_lab.errors import UserError
 from ssl_lab.losses.lm import IGNORE, mean_over_tokens, nll
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.dropout import dropout
 from ssl_lab.nn.linear import Linear
 from ssl_lab.types import Batch, Encoded, Pooling, Step
 
@@ -63,4 +63,4 @@ class AudioClassification(Method):
         return hear(self.encoder, batch).pooled(self.pooling)
 
     def _scores(self, encoded: Encoded) -> Tensor:
-        return self.head(F.dropout(encoded.pooled(self.pooling), self.dropout, self.training))
+        return self.head(dropout(encoded.pooled(self.pooling), self.dropout, self.training))

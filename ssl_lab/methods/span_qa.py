@@ -7,6 +7,7 @@ from ssl_lab.backbones.read import read, text_features
 from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.losses.lm import nll
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear
 from ssl_lab.types import Batch, Pooling, Step
 
@@ -25,7 +26,7 @@ class SpanQA(Method):
     def __init__(self, encoder: TextEncoder, *, dropout: float = 0.0, pooling: Pooling | None = "mean") -> None:
         super().__init__()
         self.encoder, self.pooling = encoder, pooling
-        self.dropout, self.head = nn.Dropout(dropout), Linear(encoder.dim, 2)
+        self.dropout, self.head = Dropout(dropout), Linear(encoder.dim, 2)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 

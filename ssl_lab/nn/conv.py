@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ssl_lab import dist
 from ssl_lab.errors import UserError
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.norm import BatchNorm
 
@@ -173,7 +174,7 @@ class ConvSubsampling(nn.Module):
         channels = channels or dim
         self.conv1, self.conv2 = nn.Conv2d(1, channels, 3, 2), nn.Conv2d(channels, channels, 3, 2)
         bins = ((num_mels - 1) // 2 - 1) // 2
-        self.proj, self.dropout = Linear(channels * bins, dim), nn.Dropout(dropout)
+        self.proj, self.dropout = Linear(channels * bins, dim), Dropout(dropout)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, T, F) and their valid frames (B, T) bool, all by default -> (B, T', D) and (B, T') bool.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import linear
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Experts(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(num_experts, hidden * (2 if gated else 1), dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.gated, self.act, self.dropout = gated, act, nn.Dropout(dropout)
+        self.gated, self.act, self.dropout = gated, act, Dropout(dropout)
         for weight in (*self.up, *self.down):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
 

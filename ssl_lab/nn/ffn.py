@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -40,7 +41,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = Linear(dim, hidden, bias), act, Linear(hidden, dim, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.dropout(self.act(self.fc1(x))))
@@ -65,7 +66,7 @@ class GLU(nn.Module):
     ) -> None:
         super().__init__()
         self.gate, self.up, self.act = Linear(dim, hidden, bias), Linear(dim, hidden, bias), act
-        self.down, self.dropout = Linear(hidden, dim, bias), nn.Dropout(dropout)
+        self.down, self.dropout = Linear(hidden, dim, bias), Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.norm import BatchNorm
 
@@ -108,7 +109,7 @@ class PoolerHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int = 2, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dense, self.dropout, self.out = Linear(dim, dim), nn.Dropout(dropout), Linear(dim, num_classes)
+        self.dense, self.dropout, self.out = Linear(dim, dim), Dropout(dropout), Linear(dim, num_classes)
         for layer in (self.dense, self.out):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssl_lab.nn.dropout import dropout, kept
 from ssl_lab.nn.kernels.products import product
 from ssl_lab.nn.mask import AttnMask
 
@@ -18,12 +19,12 @@ def eager(
     A query that may attend to nothing gives 0.
     """
     trains = q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains and dropout_p == 0 and q.device.type == "cpu":
+    if trains and dropout_p < 1 and q.device.type == "cpu":
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         hidden = None if allowed is None else ~allowed
         if bias is not None:
             bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty)
+        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty, dropout_p)
         return out
     weights = attention_map(q, k, mask, scale, dropout_p, bias)
     return _per_head(weights, v)
@@ -42,33 +43,50 @@ class _Training(torch.autograd.Function):
         hidden: Tensor | None,
         scale: float,
         empty_rows: bool,
+        dropout_p: float,
     ) -> Tensor:
         (B, H, L, Dh), (_, G, S, _) = q.shape, k.shape
         q, k, v = q.reshape(B * G, -1, Dh), k.flatten(0, 1), v.flatten(0, 1)
         plus = None if bias is None else bias.reshape(B * G, -1, S)
+        if (
+            hidden is not None and plus is None and hidden.numel() == L * S and G == H
+        ):  # one mask for all: a mere addend
+            plus = q.new_zeros(1, L, S).masked_fill_(hidden.view(1, L, S), float("-inf"))
         scores = product(q, k.transpose(1, 2), alpha=scale, plus=plus)
-        if hidden is not None:
+        if hidden is not None and (bias is not None or plus is None):
             scores.view(B, H, L, S).masked_fill_(hidden, float("-inf"))
         weights = torch.softmax(scores, -1, out=scores)  # in place: large tensors cost most when they are first touched
         if hidden is not None and empty_rows:  # softmax over -inf is NaN
             weights.view(B, H, L, S).masked_fill_(hidden.all(-1, keepdim=True), 0.0)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale, ctx.shape = scale, (B, H, L, G, S)
-        return product(weights, v).view(B, H, L, -1)
+        mask, share = kept(weights.shape, dropout_p, weights.dtype) if dropout_p > 0 else (None, 1.0)
+        ctx.save_for_backward(q, k, v, weights, mask)
+        ctx.scale, ctx.gain, ctx.shape = scale, 1 / share, (B, H, L, G, S)
+        return product(weights if mask is None else weights * mask, v, alpha=ctx.gain).view(B, H, L, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, weights, mask = ctx.saved_tensors
         B, H, L, G, S = ctx.shape
         grad = grad.reshape(B * G, -1, grad.shape[-1])
-        into_v = product(weights.transpose(1, 2), grad)
-        into_scores = product(grad, v.transpose(1, 2))
+        into_v = product((weights if mask is None else weights * mask).transpose(1, 2), grad, alpha=ctx.gain)
+        into_scores = product(grad, v.transpose(1, 2), alpha=ctx.gain)
+        if mask is not None:
+            into_scores.mul_(mask)
         torch.ops.aten._softmax_backward_data.out(into_scores, weights, -1, weights.dtype, grad_input=into_scores)
         into_q = product(into_scores, k, alpha=ctx.scale)
         into_k = product(into_scores.transpose(1, 2), q, alpha=ctx.scale)
         into_bias = into_scores.view(B, H, L, S) if ctx.needs_input_grad[3] else None
-        return into_q.view(B, H, L, -1), into_k.view(B, G, S, -1), into_v.view(B, G, S, -1), into_bias, None, None, None
+        return (
+            into_q.view(B, H, L, -1),
+            into_k.view(B, G, S, -1),
+            into_v.view(B, G, S, -1),
+            into_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def attention_map(
@@ -84,7 +102,7 @@ def attention_map(
     weights = scores.softmax(-1)
     if allowed is not None and mask.may_be_empty:  # softmax over -inf is NaN
         weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    return torch.dropout(weights, dropout_p, True) if dropout_p > 0 else weights
+    return dropout(weights, dropout_p)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
