@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.cache import KVCache
+from ssl_lab.nn.dropout import dropout
 from ssl_lab.nn.ffn import ACTIVATIONS, MLP, Activation
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.nn.masking import take
@@ -79,14 +80,17 @@ class Residual(nn.Module):
         self.place, self.scale, self.dropout = place, scale, dropout
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
+        self.adapter: nn.Module | None = None  # after the sublayer, see `ssl_lab.nn.adapters`
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.takes_context = bool(getattr(fn, "takes_context", False))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         branch = self.norm(x) if self.place == "pre" else x
-        branch = self.layer_scale(self.fn(branch, ctx) if self.takes_context else self.fn(branch))
-        if self.training and self.dropout > 0:
-            branch = torch.dropout(branch, self.dropout, True)
+        branch = self.fn(branch, ctx) if self.takes_context else self.fn(branch)
+        if self.adapter is not None:
+            branch = self.adapter(branch)
+        branch = self.layer_scale(branch)
+        branch = dropout(branch, self.dropout, self.training)
         if self.scale != 1.0:
             branch = branch * self.scale
         if self.gate is not None:
