@@ -12,9 +12,11 @@ from ssl_lab.backbones.text import post_norm
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Context, NormType, Transformer
 from ssl_lab.nn.cache import KVCache
+from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.positions import Positions, Relative, Sinusoidal, require_room
+from ssl_lab.nn.prompt import Prompt
 from ssl_lab.nn.recipes import layer_norm, transformer_block
 from ssl_lab.types import Encoded
 
@@ -70,7 +72,8 @@ class EncoderDecoder(nn.Module):
         if isinstance(self.target_positions, Relative):
             self.target_positions.table.bidirectional = False
         self.head = None if tied else Linear(dim, vocab_size, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.prompt: Prompt | None = None
+        self.dropout = Dropout(dropout)
         self.init_weights()
         if weights is not None:
             from ssl_lab.weights.text import load
@@ -115,7 +118,11 @@ class EncoderDecoder(nn.Module):
         Raises:
             UserError: more tokens than `max_length`.
         """
-        out = self._run(self.encoder, self.source_positions, x, Context(mask=AttnMask(valid=valid)))
+        mask, tokens = AttnMask(valid=valid), self._embedded(x)
+        if self.prompt is not None:  # the decoder looks at what becomes of it too
+            mask, tokens = mask.after(len(self.prompt)), self.prompt.before(tokens)
+            valid = mask.valid
+        out = self._run(self.encoder, self.source_positions, tokens, Context(mask=mask))
         return Encoded(out, out[:, :0], valid=valid, has_cls=False)
 
     def decode(self, x: Tensor, memory: Encoded, *, cache: KVCache | None = None) -> Encoded:
@@ -129,7 +136,7 @@ class EncoderDecoder(nn.Module):
         ctx = Context(
             mask=AttnMask(causal=True), memory=memory.tokens, memory_mask=AttnMask(valid=memory.valid), cache=cache
         )
-        out = self._run(self.decoder, self.target_positions, x, ctx)
+        out = self._run(self.decoder, self.target_positions, self._embedded(x), ctx)
         if self.scaled == "head":
             out = out * self.dim**-0.5
         return Encoded(out, out[:, :0], has_cls=False)
@@ -143,16 +150,18 @@ class EncoderDecoder(nn.Module):
         """(..., D) of `decode` -> (..., V) scores of the next token."""
         return linear(tokens, self.head_weight)
 
-    def _run(self, stack: Transformer, positions: Positions, x: Tensor, ctx: Context) -> Tensor:
-        past, length = 0 if ctx.cache is None else len(ctx.cache), x.shape[1]
+    def _embedded(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.embed(x)
+        return tokens * math.sqrt(self.dim) if self.scaled == "embedding" else tokens
+
+    def _run(self, stack: Transformer, positions: Positions, tokens: Tensor, ctx: Context) -> Tensor:
+        """The blocks and the norm of a stack over what goes in, (B, L, D)."""
+        past, length = 0 if ctx.cache is None else len(ctx.cache), tokens.shape[1]
         require_room(positions, past + length)
-        at = torch.arange(past, past + length, device=x.device)
-        tokens = self.embed(x)
-        if self.scaled == "embedding":
-            tokens = tokens * math.sqrt(self.dim)
+        at = torch.arange(past, past + length, device=tokens.device)
         if (added := positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)
-        ctx = replace(ctx, rope=positions.rope(at), bias=positions.bias(length, past + length, x.device))
+        ctx = replace(ctx, rope=positions.rope(at), bias=positions.bias(length, past + length, tokens.device))
         out, _ = stack.encode(self.dropout(tokens), ctx)
         return out if isinstance(stack.norm, nn.Identity) else self.dropout(stack.norm(out))
 

@@ -40,7 +40,8 @@ def build_method(node: DictConfig, seed: int, say: Callable[[str], None]) -> Met
 def decided_by_data(node: Any, data: DataModule) -> None:
     """Fill in place what a method's configuration leaves to the data.
 
-    `num_classes: 0`, `vocab_size: 0` anywhere, and `start_token: -1`: padding where there is such a token, as in T5.
+    `num_classes: 0`, `vocab_size: 0` anywhere, `start_token: -1`, padding where there is such a token, as in T5, and
+    `end_token: -1`, none where there is none.
 
     Raises:
         UserError: a vocabulary is asked for, but the data are no text.
@@ -57,6 +58,8 @@ def decided_by_data(node: Any, data: DataModule) -> None:
     if node.get("start_token") == -1 and (words := data.tokenizer) is not None:
         known = (x for x in (words.pad, words.bos, words.eos) if x is not None)
         node["start_token"] = next(known, 0)
+    if node.get("end_token") == -1:
+        node["end_token"] = None if data.tokenizer is None else data.tokenizer.eos
 
 
 def require_tokenizer(node: Any, data: DataModule) -> None:

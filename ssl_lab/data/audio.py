@@ -46,6 +46,7 @@ class Clips(EncodedSamples):
         audio_column: None = found.
         transcript_column: None = found, if there is one.
         label_column: of classes; None = found, if there are any.
+        end: transcripts end with the tokenizer's end token, as a decoder needs it.
         in_memory: keep decoded clips.
         bad_samples: a file to list unreadable clips in.
 
@@ -67,6 +68,7 @@ class Clips(EncodedSamples):
         audio_column: str | None = None,
         transcript_column: str | None = None,
         label_column: str | None = None,
+        end: bool = False,
         in_memory: bool | Literal["auto"] = "auto",
         bad_samples: str | Path | None = None,
     ):
@@ -75,7 +77,7 @@ class Clips(EncodedSamples):
         table = open_pairs(str(path), split, *columns, medium=AUDIO, optional=tokenizer is None)
         super().__init__(table, str(path), split, bad_samples=bad_samples)
         self.sampling_rate = sampling_rate
-        self.encode = None if tokenizer is None else TranscriptEncoder(tokenizer)
+        self.encode = None if tokenizer is None else TranscriptEncoder(tokenizer, end=end)
         if self.encode is not None:
             self.encode.check(self._all_transcripts(), str(path))
         self._samples: Tensor | None = None  # all clips, one after another

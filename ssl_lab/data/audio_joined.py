@@ -43,6 +43,7 @@ class Joined:
         pause: range in seconds.
         snr: range in dB of white noise over words and pauses; None = pauses are silent.
         seed: of the choice.
+        end: transcripts end with the tokenizer's end token, as a decoder needs it.
 
     Raises:
         UserError: numbers that are none, a source of something else than words, or a word with a character that the
@@ -61,6 +62,7 @@ class Joined:
         pause: Sequence[float] = (0.05, 0.4),
         snr: Sequence[float] | None = None,
         seed: int = 0,
+        end: bool = False,
     ):
         if length < 1:
             raise UserError(f"{length} utterances are no data set: set length to at least 1")
@@ -83,7 +85,7 @@ class Joined:
         self._words = (u[:, 1 : 1 + words[1]] * len(source)).long()  # (N, most words) rows of the source
         seconds = pause[0] + (pause[1] - pause[0]) * u[:, 1 + words[1] :]
         self._pauses = (seconds * self.sampling_rate).long()  # (N, most words + 1) samples
-        self.encode = None if tokenizer is None else TranscriptEncoder(tokenizer)
+        self.encode = None if tokenizer is None else TranscriptEncoder(tokenizer, end=end)
         if self.encode is not None:
             known = sorted(set(source.classes) or set(source.transcripts(range(min(len(source), 10_000)))))
             self.encode.check([[*known, " "]], "the source of words")

@@ -14,11 +14,21 @@ from ssl_lab.types import Batch
 class TranscriptEncoder:
     """Transcripts -> `labels` (B, L) int64: their tokens without any special one, then -100.
 
-    L is the longest of the batch rounded up to a multiple of 8.
+    L is the longest of the batch rounded up to a multiple of 8. With `end` the tokenizer's end token stands after each
+    transcript, for a decoder that must learn when to stop; CTC needs none.
+
+    Raises:
+        UserError: the tokenizer has no end token, and one is asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | str):
+    def __init__(self, tokenizer: Tokenizer | str, *, end: bool = False):
         self.tokenizer = as_tokenizer(tokenizer)
+        if end and self.tokenizer.eos is None:
+            raise UserError(
+                "end=true needs a tokenizer with an end token: set data.tokenizer.special=[<pad>,</s>], or give one "
+                "that has it"
+            )
+        self.end: list[int] = self.tokenizer.require("eos") if end else []
 
     def __call__(self, transcripts: Sequence[str]) -> Batch:
         """Nothing is drawn.
@@ -27,7 +37,8 @@ class TranscriptEncoder:
             UserError: a character that the tokenizer does not know.
         """
         try:
-            return {"labels": padded(self.tokenizer.encode_batch(list(transcripts)), IGNORE)}
+            rows = [[*row, *self.end] for row in self.tokenizer.encode_batch(list(transcripts))]
+            return {"labels": padded(rows, IGNORE)}
         except UserError:
             self._blame(transcripts)
             raise

@@ -35,6 +35,21 @@ def pad_right(prompts: Prompts, pad: int, device: torch.device | str = "cpu") ->
     return tokens.flip(1), None if valid is None else valid.flip(1)
 
 
+def pad_sound(clips: Prompts, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """Clips (Si,) as (B, S) float, filled with zeros on the right, and (B, S) bool with False there, None if none is.
+
+    Raises:
+        UserError: no clip, or one without samples.
+    """
+    rows = [torch.as_tensor(row) for row in clips]
+    if not rows or min(len(row) for row in rows) == 0:
+        raise UserError("a clip has no samples: leave it out")
+    lengths = torch.tensor([len(row) for row in rows])
+    valid = torch.arange(int(lengths.max())) < lengths[:, None]
+    audio = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return audio.to(device), None if bool(valid.all()) else valid.to(device)
+
+
 def check(tokens: Tensor, new: int, vocab_size: int, room: int) -> None:
     """Raise before any work is done.
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import Prompts
-from ssl_lab.generation.generate import GREEDY, evaluating, prepare, processed
+from ssl_lab.generation.generate import GREEDY, evaluating, first_read, prepare, processed
 from ssl_lab.generation.processors import PADDING
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import LanguageModel, stepper
@@ -103,7 +102,7 @@ def beam_search(
     tokens, valid, new = prepare(model, prompts, max_new_tokens, pad)
     ends = (eos,) if isinstance(eos, int) else eos
     steps, rows, width = stepper(model, start=start, compact=compact), len(tokens), beam.num_beams
-    seen = tokens.new_full((rows, 1), start) if isinstance(model, EncoderDecoder) else tokens
+    seen = first_read(model, tokens, start)
     if valid is not None and seen is tokens:
         seen = seen.masked_fill(~valid, PADDING)
     prompt = seen.repeat_interleave(width, 0)
@@ -112,10 +111,10 @@ def beam_search(
 
     with evaluating(model):
         logits = steps.begin(tokens, valid, new).repeat_interleave(width, 0)
-        followed = _Followed(tokens.new_empty(rows, width, 0), torch.full((rows, width), LOST, device=tokens.device))
+        followed = _Followed(seen.new_empty(rows, width, 0), torch.full((rows, width), LOST, device=tokens.device))
         followed.scores[:, 0] = 0.0  # all are the same prompt: one of them is enough to begin with
         found = _Found(
-            tokens.new_full((rows, width, new), pad),
+            seen.new_full((rows, width, new), pad),
             torch.full((rows, width), LOST, device=tokens.device),
             torch.zeros(rows, width, dtype=torch.bool, device=tokens.device),
         )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.errors import UserError
-from ssl_lab.generation.batch import Prompts, check, pad_left, pad_right
+from ssl_lab.generation.batch import Prompts, check, pad_left, pad_right, pad_sound
 from ssl_lab.generation.processors import PADDING, LogitsProcessor
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import LanguageModel, Stepper, stepper
@@ -62,7 +63,7 @@ def stream(
 
     Args:
         model: a decoder, which goes on with the prompts, or an encoder and decoder, which answers to them.
-        prompts: ids, one sequence a row; they may differ in length.
+        prompts: ids, one sequence a row; they may differ in length. For a `SpeechTransformer` samples.
         max_new_tokens: tokens to generate at most. An encoder and decoder gives 50 more than the longest prompt has
             where nothing is said.
         sampling: how a token is chosen; greedy by default.
@@ -92,12 +93,18 @@ def stream(
 def prepare(
     model: LanguageModel, prompts: Prompts, max_new_tokens: int | None, pad: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Prompts as (B, L) on the model's device, where they are valid, and how many tokens may follow.
+    """Prompts as (B, L) on the model's device, sound as (B, S), where they are valid, and how many tokens may follow.
 
     Raises:
         UserError: see `stream`.
     """
     device = model.embed.weight.device
+    if isinstance(model, SpeechTransformer):
+        audio, valid = pad_sound(prompts, device)
+        room = model.target_positions.max_length
+        new = room - 1 if max_new_tokens is None else max_new_tokens
+        check(torch.zeros(1, 1, dtype=torch.int64), new, model.vocab_size, room)
+        return audio, valid, new
     if isinstance(model, EncoderDecoder):
         tokens, valid = pad_right(prompts, pad, device)
         length, room = tokens.shape[1], model.target_positions.max_length
@@ -114,6 +121,13 @@ def prepare(
     tokens, valid = pad_left(prompts, pad, device)
     check(tokens, max_new_tokens, model.vocab_size, model.positions.max_length)
     return tokens, valid, max_new_tokens
+
+
+def first_read(model: LanguageModel, tokens: Tensor, start: int) -> Tensor:
+    """Tokens (B, L) int64 that a decoder has read when it begins: the prompt, or the start token after a source."""
+    if not isinstance(model, EncoderDecoder):
+        return tokens
+    return torch.full((len(tokens), 1), start, dtype=torch.int64, device=tokens.device)
 
 
 @contextmanager
@@ -139,7 +153,7 @@ def _steps(
     fill: tuple[int, int],
 ) -> Iterator[Tensor]:
     pad, start = fill
-    seen = tokens.new_full((len(tokens), 1), start) if isinstance(model, EncoderDecoder) else tokens
+    seen = first_read(model, tokens, start)
     if valid is not None and seen is tokens:
         seen = seen.masked_fill(~valid, PADDING)
     processors = sampling.processors(seen.shape[1], eos)

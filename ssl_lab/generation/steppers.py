@@ -106,7 +106,7 @@ class Seq2Seq:
     def begin(self, tokens: Tensor, valid: Tensor | None, new: int) -> Tensor:
         self.memory = self.model.encode(tokens, valid=valid)
         self.cache = KVCache(new + 1) if self.keeps else None
-        self.tokens = tokens.new_full((len(tokens), 1), self.start)
+        self.tokens = torch.full((len(tokens), 1), self.start, dtype=torch.int64, device=tokens.device)
         return self._scores(self.tokens)
 
     def step(self, tokens: Tensor) -> Tensor:

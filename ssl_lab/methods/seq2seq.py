@@ -1,8 +1,13 @@
-"""From one sequence to another: translation by the Transformer (Vaswani et al., 2017, arXiv:1706.03762)."""
+"""From one sequence to another: translation by the Transformer (Vaswani et al., 2017, arXiv:1706.03762), or speech."""
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
 
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.errors import UserError
 from ssl_lab.generation.beam import Beam, beam_search
 from ssl_lab.losses.experts import with_experts
@@ -16,8 +21,10 @@ class Seq2Seq(Method):
     """Mean cross-entropy of the target's tokens, each from the source and the target before it.
 
     Args:
-        model: encoder and decoder.
+        model: encoder and decoder, which reads tokens or, a `SpeechTransformer`, sound.
         start_token: what the decoder reads first; in YAML -1 = the padding token of the data's tokenizer, as in T5.
+        end_token: what a transcript ends with; in YAML -1 = the end token of the data's tokenizer, if it has one.
+        augment: of features of sound in training, such as `SpecAugment`; None = none.
         label_smoothing: share of the target that is spread evenly over all V tokens (section 5.4). Implementations that
             spread e over the V - 1 others do the same as this with e * V / (V - 1). Padding is never scored.
 
@@ -25,14 +32,25 @@ class Seq2Seq(Method):
         UserError: no such start token.
     """
 
-    def __init__(self, model: EncoderDecoder, start_token: int = 0, *, label_smoothing: float = 0.1) -> None:
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        start_token: int = 0,
+        *,
+        end_token: int | None = None,
+        augment: nn.Module | None = None,
+        label_smoothing: float = 0.1,
+    ) -> None:
         super().__init__()
         if start_token < 0:
             raise UserError(f"start_token={start_token} is no token: give the id of one, such as that of the padding")
-        self.model, self.start_token, self.label_smoothing = model, start_token, label_smoothing
+        self.model, self.augment, self.label_smoothing = model, augment, label_smoothing
+        self.start_token, self.end_token = start_token, end_token
 
     def step(self, batch: Batch, progress: float) -> Step:
-        labels, hidden = batch["labels"], self._hidden(batch)
+        if "labels" not in batch:
+            raise UserError("there is nothing to write: choose data with two texts or with transcripts")
+        labels, hidden = batch["labels"], self._hidden(batch, self.augment)
         nll = token_nll(hidden, self.model.head_weight, labels, label_smoothing=self.label_smoothing)
         return with_experts(mean_over_tokens(nll, labels), self.model)
 
@@ -49,11 +67,9 @@ class Seq2Seq(Method):
 
     def translate(self, batch: Batch, eos: int, *, num_beams: int, alpha: float, max_tokens: int) -> Tensor:
         """(B, T) int64, T <= max_tokens: the best of a beam search (section 6.1), `eos` from its end on."""
-        valid = batch.get("valid")
-        sources = [row if valid is None else row[valid[i]] for i, row in enumerate(batch["tokens"])]
         beams = beam_search(
             self.model,
-            sources,
+            _rows(batch, _key(self.model)),
             max_new_tokens=max_tokens,
             beam=Beam(num_beams, alpha, "gnmt"),
             eos=eos,
@@ -62,11 +78,50 @@ class Seq2Seq(Method):
         )
         return beams.tokens[:, 0]
 
-    def _source(self, batch: Batch) -> Encoded:
-        return self.model.encode(batch["tokens"], valid=batch.get("valid"))
+    def transcribe(self, batch: Batch, *, num_beams: int = 1) -> list[list[int]]:
+        """Token ids of what is said in each row of `audio`, without the end; no more than its encoder has tokens.
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        return self.model.decode(shift_right(batch["labels"], self.start_token), self._source(batch)).tokens
+        Raises:
+            UserError: the model was trained without an end token, and so never ends.
+        """
+        model = self.model
+        if self.end_token is None or not isinstance(model, SpeechTransformer):
+            raise UserError("this model writes down no speech: train a speech_transformer with data.train.end=true")
+        frames = int(model.front.frames(torch.tensor(batch["audio"].shape[1])))
+        longest = max(1, min(model.target_positions.max_length - 1, -(-frames // model.stem.stride)))
+        found = self.translate(batch, self.end_token, num_beams=num_beams, alpha=1.0, max_tokens=longest)
+        return [_until(row, self.end_token) for row in found.tolist()]
+
+    def _source(self, batch: Batch, augment: nn.Module | None = None) -> Encoded:
+        key = _key(self.model)
+        if key not in batch:
+            other = "data=speech or digits_connected" if key == "audio" else "data=multi30k or captions_translation"
+            raise UserError(f"this model reads {key}, and the data have none: choose e.g. {other}")
+        if not isinstance(self.model, SpeechTransformer):
+            return self.model.encode(batch["tokens"], valid=batch.get("valid"))
+        x, valid = batch["audio"], batch.get("audio_valid")
+        if augment is not None:
+            x, valid = self.model.front(x, valid)
+            x = augment(x, valid)
+        return self.model.encode(x, valid=valid)
+
+    def _hidden(self, batch: Batch, augment: nn.Module | None = None) -> Tensor:
+        return self.model.decode(shift_right(batch["labels"], self.start_token), self._source(batch, augment)).tokens
+
+
+def _key(model: EncoderDecoder) -> str:
+    return "audio" if isinstance(model, SpeechTransformer) else "tokens"
+
+
+def _rows(batch: Batch, key: str) -> list[Tensor]:
+    """The sources of a batch without their padding."""
+    whole = cast(Tensor, batch[key])  # type: ignore[literal-required]
+    valid = batch.get("audio_valid" if key == "audio" else "valid")
+    return [row if valid is None else row[valid[i]] for i, row in enumerate(whole)]
+
+
+def _until(row: Sequence[int], end: int) -> list[int]:
+    return list(row[: row.index(end)] if end in row else row)
 
 
 def shift_right(labels: Tensor, start: int) -> Tensor:

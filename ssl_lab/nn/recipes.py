@@ -114,20 +114,22 @@ def transformer_block(
     hidden: int | None = None,
     cross: bool = False,
     eps: float = 1e-5,
+    place: Literal["pre", "post"] = "post",
     layer: int = 0,
     kernel: KernelName = "auto",
     dropout: float = 0.0,
 ) -> Block:
     """The Transformer of arXiv:1706.03762: norms after the sums, ReLU; with `cross`, attention to `Context.memory`.
 
-    Dropout acts on what each branch gives (section 5.4), not on attention weights.
+    With `place="pre"` norms come first in each branch, as in fairseq's models of speech. Dropout acts on what each
+    branch gives (section 5.4), not on attention weights.
     """
     norm = functools.partial(layer_norm, eps=eps)
     sublayers: dict[str, nn.Module] = {"attn": Attention(dim, num_heads, kernel=kernel, layer=layer)}
     if cross:
         sublayers["cross"] = Attention(dim, num_heads, cross=True, kernel=kernel, layer=layer)
     sublayers["mlp"] = MLP(dim, hidden or 4 * dim, act=F.relu)
-    return _block(dim, sublayers, norm, dropout, place="post")
+    return _block(dim, sublayers, norm, dropout, place=place)
 
 
 def t5_block(
