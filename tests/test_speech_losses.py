@@ -1,4 +1,4 @@
-"""CTC and the transducer equal sums over all their paths, wav2vec 2.0's losses and codes equal transformers'."""
+"""CTC and the transducer equal sums over all their paths; wav2vec 2.0's losses and codes equal transformers'."""
 
 import itertools
 
@@ -7,9 +7,10 @@ import torch
 from parity import gap, gradients, randomise, weigh
 
 from ssl_lab.errors import UserError
+from ssl_lab.losses import joint
 from ssl_lab.losses.ctc import ctc_loss, ctc_nll
 from ssl_lab.losses.speech import contrastive, diversity, mean_over_frames, perplexity, sample_negatives
-from ssl_lab.losses.transducer import transducer_loss, transducer_nll
+from ssl_lab.losses.transducer import transducer_nll
 from ssl_lab.nn.conv import ConvSubsampling
 from ssl_lab.nn.quantize import GumbelQuantizer, RandomQuantizer, code_usage
 
@@ -90,8 +91,6 @@ def test_the_transducer_is_the_sum_over_its_lattice(blank):
     weigh(nll).backward()
     weigh(wanted).backward()
     assert gap(logits.grad, same.grad) < 1e-12
-    loss, lost = transducer_loss(logits, labels, valid, blank=blank)
-    assert abs(float(loss - wanted.sum() / 9)) < 1e-12 and float(lost) == 0
 
 
 def test_the_transducer_counts_paths_and_ignores_padding():
@@ -109,6 +108,28 @@ def test_the_transducer_counts_paths_and_ignores_padding():
     assert nll.dtype == torch.float32 and fits.tolist() == [True, False, True, True, True] and float(nll[1]) == 0
     nll.sum().backward()
     assert bool(half.grad.isfinite().all()) and float(half.grad[1].abs().max()) == 0
+
+
+@pytest.mark.parametrize(("numbers", "blank"), [(1 << 22, 0), (150, 3), (1, 0)])
+def test_scores_made_in_pieces_give_the_same_loss_and_gradients(monkeypatch, numbers, blank):
+    monkeypatch.setattr(joint, "_NUMBERS", numbers)  # all in one, pairs of rows, single frames
+    swap = torch.tensor([0, 1, 2, 3] if blank == 0 else [3, 1, 2, 0])
+    labels = torch.where(LABELS < 0, LABELS, swap[LABELS.clamp(min=0)])
+    valid = VALID & (torch.arange(5) != 1)[:, None]  # a row without frames
+    parts = [noise(5, 5, 6, seed=2), noise(5, 4, 6, seed=3), noise(4, 6, seed=4), noise(4, seed=5)]
+    here, there = ([x.clone().requires_grad_() for x in parts] for _ in range(2))
+    nll, fits = joint.joint_nll(*here, labels, valid, blank=blank)
+    heard, said, weight, bias = there
+    logits = (heard[:, :, None] + said[:, None]).tanh() @ weight.t() + bias
+    wanted, _ = transducer_nll(logits, labels, valid, blank=blank)
+    assert gap(nll, wanted) < 1e-12 and fits.tolist() == [True, False, True, True, True]
+    weigh(nll).backward()
+    weigh(wanted).backward()
+    assert max(gap(a.grad, b.grad) for a, b in zip(here, there, strict=True)) < 1e-12
+    loss, lost = joint.joint_loss(*parts, labels, valid, blank=blank)
+    assert abs(float(loss - nll.detach().sum() / 7)) < 1e-12 and float(lost) == pytest.approx(0.2)
+    half, _ = joint.joint_nll(*(x.bfloat16() for x in parts), labels, valid, blank=blank)
+    assert half.dtype == torch.float32 and gap(half.double(), nll.detach()) < 0.2
 
 
 def w2v(**more):

@@ -12,7 +12,7 @@ from ssl_lab.types import Batch
 
 SIZE, STEPS = 8, 2
 EXACT = {"supervised": {"mixup": None}}  # timm's Mixup pairs the samples of one rank
-EXACT |= {name: {"augment": None} for name in ("ctc", "audio_classification")}  # its draws belong to the rank
+EXACT |= {name: {"augment": None} for name in ("ctc", "rnnt", "audio_classification")}  # its draws belong to the rank
 
 
 def made(name: str) -> Method:

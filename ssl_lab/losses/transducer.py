@@ -13,24 +13,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ssl_lab.errors import UserError
-from ssl_lab.losses.ctc import packed, per_token
+from ssl_lab.losses.ctc import packed
 from ssl_lab.losses.lm import IGNORE
 
 _NEVER = float("-inf")
-
-
-def transducer_loss(
-    logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, blank: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Nats per token of the transcripts of all ranks, and the share of rows without frames; see `transducer_nll`."""
-    nll, fits = transducer_nll(logits, labels, valid, blank=blank)
-    return per_token(nll, labels.masked_fill(~fits[:, None], IGNORE)), (~fits).float().mean()
 
 
 def transducer_nll(
     logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, blank: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Negative log likelihood of each transcript in nats (B,), float32 at least, and which rows (B,) have frames.
+
+    Scores of all tokens at all nodes are many: `ssl_lab.losses.joint` never has them all at once.
 
     Args:
         logits: (B, T, U + 1, V): of frame t after u tokens, U = L the length of `labels`.
@@ -41,29 +35,41 @@ def transducer_nll(
     Raises:
         UserError: a label that is the blank or no token, or logits of another length than the labels.
     """
-    rows, frames, nodes, vocabulary = logits.shape
-    known = labels != IGNORE
-    if labels.shape != (rows, nodes - 1):
+    require_fit(labels, (len(logits), logits.shape[2] - 1), logits.shape[3], blank)
+    lengths, counts = lengths_of(logits, valid), (labels != IGNORE).sum(1)
+    with torch.autocast(logits.device.type, enabled=False):
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = exact.logsumexp(-1)
+        said = packed(labels).clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        token = exact[:, :, :-1].gather(3, said)[..., 0] - total[:, :, :-1]
+        nll: Tensor = Lattice.apply(exact[..., blank] - total, token, lengths, counts)
+    return nll, lengths > 0
+
+
+def require_fit(labels: Tensor, shape: tuple[int, int], vocabulary: int, blank: int) -> None:
+    """Refuse labels of another shape than (rows, nodes - 1), and those that are the blank or no token.
+
+    Raises:
+        UserError: such labels.
+    """
+    if labels.shape != shape:
         raise UserError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: a transducer needs "
+            f"labels {tuple(labels.shape)} do not fit {tuple(shape)}: a transducer needs a node more than tokens, "
             "(B, T, L + 1, V) and (B, L)"
         )
-    if bool((known & ((labels == blank) | (labels < 0) | (labels >= vocabulary))).any()):
+    if bool(((labels != IGNORE) & ((labels == blank) | (labels < 0) | (labels >= vocabulary))).any()):
         raise UserError(
             f"transcripts hold tokens that this output of {vocabulary} tokens cannot write, or the blank {blank} "
             "itself: the method's vocab_size and blank must be those of the data's tokenizer"
         )
-    lengths = logits.new_full((rows,), frames, dtype=torch.int64) if valid is None else valid.sum(1)
-    with torch.autocast(logits.device.type, enabled=False):
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = exact.logsumexp(-1)
-        said = packed(labels).clamp(min=0)[:, None, :, None].expand(-1, frames, -1, -1)
-        token = exact[:, :, :-1].gather(3, said)[..., 0] - total[:, :, :-1]
-        nll: Tensor = _Lattice.apply(exact[..., blank] - total, token, lengths, known.sum(1))
-    return nll, lengths > 0
 
 
-class _Lattice(torch.autograd.Function):
+def lengths_of(frames: Tensor, valid: Tensor | None) -> Tensor:
+    """(B,) int64 valid frames."""
+    return frames.new_full((len(frames),), frames.shape[1], dtype=torch.int64) if valid is None else valid.sum(1)
+
+
+class Lattice(torch.autograd.Function):
     """Log probabilities of a blank (B, T, U + 1) and of the next token (B, T, U), lengths (B,) twice -> nats (B,).
 
     Forward sums over the beginnings of paths (alpha), backward over their ends (beta): an edge's gradient is minus the
