@@ -12,6 +12,7 @@ from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear, linear
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
+from ssl_lab.nn.prompt import Prompt
 from ssl_lab.nn.recipes import gpt_block, layer_norm
 from ssl_lab.types import Encoded
 
@@ -53,6 +54,7 @@ class Decoder(Transformer):
         super().__init__(lambda layer: block(dim, num_heads, layer=layer), depth, dim, norm=norm)
         self.dim, self.vocab_size, self.window = dim, vocab_size, window
         self.embed, self.positions = nn.Embedding(vocab_size, dim), positions(dim, num_heads, max_length)
+        self.prompt: Prompt | None = None
         self.dropout = Dropout(dropout)
         self.head = None if tied else Linear(dim, vocab_size, bias=False)
         self.init_weights()
@@ -97,22 +99,29 @@ class Decoder(Transformer):
         Raises:
             UserError: more tokens than `max_length`.
         """
-        past, length = 0 if cache is None else len(cache), x.shape[1]
-        require_room(self.positions, past + length)
-        at = self._places(past, length, x.device, valid, segments)
+        prompt, past, length = self.prompt, 0 if cache is None else len(cache), x.shape[1]
+        learned = 0 if prompt is None else len(prompt)
+        first = learned if past == 0 else 0  # a cache holds them already
+        require_room(self.positions, past + first + length)
+        at = self._places(past + first - learned, length, x.device, valid, segments)
         tokens = self.embed(x) if x.dim() == 2 else x
+        mask = AttnMask(causal=True, valid=valid, segments=segments, prefix=prefix, window=self.window)
+        if prompt is not None:
+            at, tokens = (prompt.places(at), prompt.before(tokens)) if first else (at + learned, tokens)
+            mask = mask.after(learned)
         if (added := self.positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)
         ctx = Context(
-            mask=AttnMask(causal=True, valid=valid, segments=segments, prefix=prefix, window=self.window),
+            mask=mask,
             rope=self.positions.rope(at),
-            bias=self.positions.bias(length, past + length, x.device),
+            bias=self.positions.bias(first + length, past + first + length, x.device),
             memory=memory,
             memory_mask=memory_mask,
             cache=cache,
         )
         out, hidden = self.encode(self.dropout(tokens), ctx, layers)
-        out = self.norm(out)
+        out = self.norm(out)[:, first:]
+        hidden = {layer: each[:, first:] for layer, each in hidden.items()}
         if valid is not None:
             valid = valid[:, -length:]
         return Encoded(out, out[:, :0], valid=valid, hidden=hidden, has_cls=False)
