@@ -53,6 +53,7 @@ FAMILIES = {
     "t5": "seq2seq",
     "bert": "masked_lm",
     "conformer": "ctc",
+    "wav2vec2": "ctc",
     "ast": "audio_classification",
 }
 

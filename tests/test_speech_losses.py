@@ -165,7 +165,11 @@ def test_contrastive_and_diversity_are_those_of_transformers():
     targets = model.project_q(joined)
     assert gap(targets, out.projected_quantized_states[mask]) < 1e-12
     assert bool((codes[negatives] == codes[:, None]).all(-1).any())  # some are left out
-    nll = contrastive(out.projected_states[mask], targets, codes, negatives)
+    nll, found = contrastive(out.projected_states[mask], targets, codes, negatives)
+    cosines = torch.cosine_similarity(out.projected_states[mask][:, None], targets[negatives], dim=-1)
+    cosines[(codes[negatives] == codes[:, None]).all(-1)] = -1
+    own = torch.cosine_similarity(out.projected_states[mask], targets, dim=-1)
+    assert torch.equal(found, own > cosines.amax(1))
     assert abs(float(nll.sum() - out.contrastive_loss)) < 1e-3 * float(out.contrastive_loss)
     assert abs(float(perplexity(chosen).sum() - out.codevector_perplexity)) < 1e-9
     assert abs(float(diversity(chosen) * len(nll) - out.diversity_loss)) < 1e-9
@@ -199,8 +203,8 @@ def test_negatives_are_others_of_the_same_utterance_each_as_likely():
     counts = torch.stack([row.bincount(minlength=8) for row in drawn]).float() / 3000
     assert float((counts[:4, :4] - (1 - torch.eye(4)) / 3).abs().max()) < 0.05
     assert sample_negatives(rows[:0], 5).shape == (0, 5)
-    lonely = contrastive(noise(1, 4), noise(1, 4), torch.zeros(1, 2).long(), torch.zeros(1, 5).long())
-    assert float(lonely) == 0
+    lonely, found = contrastive(noise(1, 4), noise(1, 4), torch.zeros(1, 2).long(), torch.zeros(1, 5).long())
+    assert float(lonely) == 0 and bool(found)
 
 
 def test_random_codes_are_the_nearest_entries_of_the_frames_a_token_sees():

@@ -67,6 +67,16 @@ def fixed_loss(method: Method, rows: slice) -> torch.Tensor:
         for row in range(SIZE):  # the second rank has more to tell
             hidden[row, 10 : 30 + 5 * row] = True
         return method.predict(features, valid, hidden[rows] & valid, noise[rows]).loss
+    if kind == "Wav2Vec2":
+        features, valid = method.encoder.front(batch["audio"], batch["audio_valid"])
+        hidden, others = torch.zeros_like(valid), []
+        for row, at in enumerate(range(rows.start, rows.stop)):  # the second rank has more to tell
+            hidden[row, 2 : 8 + 2 * at] = True
+            hidden &= valid
+            count, before = int(hidden[row].sum()), int(hidden[:row].sum())
+            others.append(before + torch.arange(count * 3).view(count, 3) * 7 % count)
+        noise = -torch.empty(SIZE, valid.shape[1], 2, 64, dtype=torch.float64).exponential_(generator=g).log()
+        return method.predict(features, valid, hidden, torch.cat(others), 0.5, noise[rows][hidden]).loss
     return method.step(batch, 0.5).loss
 
 

@@ -29,8 +29,10 @@ def sample_negatives(rows: Tensor, count: int) -> Tensor:
 
 def contrastive(
     predicted: Tensor, targets: Tensor, codes: Tensor, negatives: Tensor, *, temperature: float = 0.1
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Nats (M,), float32 at least, to find each frame's target among its negatives by cosine (equation 3).
+
+    And whether it is found, (M,) bool: no other is as similar.
 
     Args:
         predicted: (M, E) of the context network.
@@ -43,7 +45,7 @@ def contrastive(
     others = similar.gather(1, negatives)
     others = others.masked_fill((codes[negatives] == codes[:, None]).all(-1), float("-inf"))
     own = similar.diagonal()
-    return torch.cat([own[:, None], others], 1).logsumexp(1) - own
+    return torch.cat([own[:, None], others], 1).logsumexp(1) - own, own.detach() > others.detach().amax(1)
 
 
 def diversity(probabilities: Tensor) -> Tensor:

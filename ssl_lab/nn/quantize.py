@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.errors import UserError
 from ssl_lab.nn.linear import Linear
 
 
@@ -99,35 +100,49 @@ class GumbelQuantizer(nn.Module):
         entries: V of each group.
         width: of the joined entries; a multiple of G.
 
-    Attributes:
-        temperature: of the choice; the paper lowers it from 2 by a factor of 0.999995 each step, down to 0.5.
+    Raises:
+        UserError: a width that is no such multiple.
     """
 
     def __init__(self, dim: int, *, groups: int = 2, entries: int = 320, width: int = 256) -> None:
         super().__init__()
         if width % groups:
-            raise ValueError(f"width={width} must be a multiple of groups={groups}")
-        self.groups, self.entries, self.temperature = groups, entries, 2.0
+            raise UserError(f"codes of width {width} cannot be joined of groups={groups}: choose a multiple")
+        self.groups, self.entries = groups, entries
         self.proj = Linear(dim, groups * entries)
         self.codebook = nn.Parameter(torch.empty(groups, entries, width // groups))
         nn.init.normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
         nn.init.uniform_(self.codebook)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, *, temperature: float = 2.0, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(M, D) -> joined entries (M, width), codes (M, G) int64, and (M, G, V) to judge diversity by.
 
         The last are probabilities in training, without the noise, and the choices themselves else.
+
+        Args:
+            x: the input.
+            temperature: of the choice in training; the paper lowers it from 2 to 0.5, by 0.999995 in each step.
+            noise: (M, G, V) of Gumbel's distribution; by default it is drawn, see `gumbel`.
         """
         scores = self.proj(x).unflatten(-1, (self.groups, self.entries))
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.training:
-            chosen = F.gumbel_softmax(exact.flatten(0, 1), self.temperature, hard=True).view(exact.shape)
-            judged = exact.softmax(-1)
+            noise = gumbel(exact) if noise is None else noise
+            soft = ((exact + noise) / temperature).softmax(-1)
+            hard = F.one_hot(soft.argmax(-1), self.entries).to(soft.dtype)
+            chosen, judged = hard - soft.detach() + soft, exact.softmax(-1)
         else:
             judged = chosen = F.one_hot(exact.argmax(-1), self.entries).to(exact.dtype)
         joined = torch.einsum("mgv,gvw->mgw", chosen.to(self.codebook.dtype), self.codebook).flatten(1)
         return joined, chosen.argmax(-1), judged
+
+
+def gumbel(like: Tensor) -> Tensor:
+    """Draws of Gumbel's distribution in the shape, dtype and place of `like`."""
+    return -torch.empty_like(like, memory_format=torch.contiguous_format).exponential_().log()
 
 
 def code_usage(codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
