@@ -153,7 +153,7 @@ class AST(ViT):
             if x.device.type != "cpu" or not bool(real.all()):
                 mask = AttnMask(valid=torch.cat([real.new_ones(len(x), self.num_prefix), real], 1))
         encoded = super().forward(spectrogram.transpose(2, 3), mask=mask, layers=layers, tokens=tokens)
-        pooled = encoded.prefix.mean(1, keepdim=True)
+        pooled = encoded.prefix[:, :2].mean(1, keepdim=True)  # tokens of a prompt may follow
         return Encoded(encoded.tokens, pooled, valid=real, hidden=encoded.hidden)
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

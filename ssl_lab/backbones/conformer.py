@@ -14,6 +14,7 @@ from ssl_lab.nn.conv import ConvSubsampling
 from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.prompt import Prompt
 from ssl_lab.nn.recipes import conformer_block
 from ssl_lab.nn.relative import relative_waves
 from ssl_lab.nn.rope import rope_1d
@@ -72,6 +73,7 @@ class Conformer(Transformer):
         self.chunk, self.history = chunk, history
         self.front: LogMel = front or LogMel()  # type: ignore[assignment]
         self.embed, self.dropout = stem(self.front.num_mels, dim), Dropout(dropout)
+        self.prompt: Prompt | None = None
         self.pretrained = weights is not None
         if weights is not None:
             from ssl_lab.weights.io import load
@@ -137,13 +139,19 @@ class Conformer(Transformer):
         embedded = self.dropout(embedded)
         length, device = embedded.shape[1], embedded.device
         padded = device.type != "cpu" or not bool(valid.all())  # elsewhere asking would make the host wait
+        mask = AttnMask(
+            causal=self.chunk is not None, chunk=self.chunk, window=self.history, valid=valid if padded else None
+        )
+        first = 0
+        if self.prompt is not None:
+            first = len(self.prompt)
+            length, embedded, mask = first + length, self.prompt.before(embedded), mask.after(first)
         ctx = Context(
-            mask=AttnMask(
-                causal=self.chunk is not None, chunk=self.chunk, window=self.history, valid=valid if padded else None
-            ),
+            mask=mask,
             rope=rope_1d(torch.arange(length, device=device), self.head_dim) if self.positions == "rope" else None,
             waves=relative_waves(length, self.dim, device=device) if self.positions == "relative" else None,
         )
         out, hidden = self.encode(embedded, ctx, layers)
-        out = self.norm(out)
+        out = self.norm(out)[:, first:]
+        hidden = {layer: each[:, first:] for layer, each in hidden.items()}
         return Encoded(out, out[:, :0], valid=valid, hidden=hidden, has_cls=False)

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab.nn.block import Block, Context, NormType, Residual, Transformer
 from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.positions import Learned, Positions, require_room, since_start
+from ssl_lab.nn.prompt import Prompt
 from ssl_lab.nn.recipes import bert_block, layer_norm
 from ssl_lab.types import Encoded
 
@@ -59,6 +61,7 @@ class TextEncoder(Transformer):
         self.embed_norm: nn.Module = nn.Identity()
         if post_norm(self):
             self.embed_norm, self.norm = (norm or functools.partial(layer_norm, eps=1e-12))(dim), nn.Identity()
+        self.prompt: Prompt | None = None
         self.dropout = Dropout(dropout)
         self.pretrained = weights is not None
         self.init_weights()
@@ -104,26 +107,35 @@ class TextEncoder(Transformer):
         Raises:
             UserError: more tokens than `max_length`.
         """
-        length = x.shape[1]
+        first = 0 if self.prompt is None else len(self.prompt)
+        length = first + x.shape[1]
         require_room(self.positions, length)
-        at = torch.arange(length, device=x.device)
+        at = torch.arange(x.shape[1], device=x.device)
         if segments is not None and self.positions.absolute:
             at = since_start(segments)
+        mask = AttnMask(causal=self.causal, valid=valid, segments=segments)
+        if self.prompt is not None:
+            at, mask = self.prompt.places(at), mask.after(first)
+            rows = None if rows is None else rows + first
         ctx = Context(
-            mask=AttnMask(causal=self.causal, valid=valid, segments=segments),
+            mask=mask,
             rope=self.positions.rope(at),
             bias=self.positions.bias(length, length, x.device),
         )
         has_cls = not self.causal and rows is None
         if has_cls and not tokens:
-            rows = at.new_zeros(len(x), 1)
+            rows = at.new_full((len(x), 1), first)
         out, hidden = self.encode(self._embedded(x, at, types), ctx, layers, rows)
-        out = self.norm(out)
-        first = out[:, :1] if has_cls else out[:, :0]
-        return Encoded(out, first, valid=valid if rows is None else None, hidden=hidden, has_cls=has_cls)
+        out = self.norm(out) if rows is not None else self.norm(out)[:, first:]
+        hidden = {layer: each[:, first:] for layer, each in hidden.items()}
+        cls = out[:, :1] if has_cls else out[:, :0]
+        return Encoded(out, cls, valid=valid if rows is None else None, hidden=hidden, has_cls=has_cls)
 
     def _embedded(self, x: Tensor, at: Tensor, types: Tensor | None) -> Tensor:
         tokens = self.embed(x) if x.dim() == 2 else x
+        if self.prompt is not None:
+            tokens = self.prompt.before(tokens)
+            types = None if types is None else F.pad(types, (len(self.prompt), 0))
         if (added := self.positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)
         if self.types is not None:

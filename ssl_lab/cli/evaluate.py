@@ -16,6 +16,7 @@ from ssl_lab.cli.compose import build
 from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
 from ssl_lab.cli.starting import decided_by_data
+from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.cli.watch import Extraction
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
@@ -25,6 +26,7 @@ from ssl_lab.evals.runner import run_round
 from ssl_lab.files import write_text
 from ssl_lab.train import average as mean
 from ssl_lab.train import checkpoint
+from ssl_lab.train.base import Base
 from ssl_lab.weights import io, pairs
 
 Plain = dict[str, Any]
@@ -67,13 +69,17 @@ def run(cfg: DictConfig) -> None:
         if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
             judge(Pixels(), 0, "raw pixels")
         torch.manual_seed(cfg.seed)
-        method = build(without_downloads(method_config))
-        step, subject = 0, "random encoder"
+        base, step, subject = None, 0, "random encoder"
+        if saved.get("tuning") and not str(spec).endswith(".safetensors"):
+            method, base = rebuild(saved | {"method": method_config})
+            subject = "before tuning"
+        else:
+            method = build(without_downloads(method_config))
         if cfg.baselines and spec is not None:
             judge(method, step, subject)
         if spec is not None:
             watch.say(f"reading {spec}")
-            step, subject = _load(method, spec, cfg.average, has_run=folder is not None)
+            step, subject = _load(method, spec, cfg.average, base, has_run=folder is not None)
         round = judge(method, step, subject)
         write(out / "metrics.json", rows)
         write_text(out / "table.md", markdown(rows))
@@ -120,7 +126,7 @@ def _laid_over(saved: Plain, given: Plain, part: str) -> Plain:
     return new
 
 
-def _load(method: Any, spec: str, average: int, *, has_run: bool) -> tuple[int, str]:
+def _load(method: Any, spec: str, average: int, base: Base | None = None, *, has_run: bool) -> tuple[int, str]:
     """Fill the method; gives the step that the weights are from, and what to call them."""
     path = Path(spec)
     found = checkpoint.find(path) if path.is_dir() else path if path.suffix == ".ckpt" else None
@@ -135,7 +141,7 @@ def _load(method: Any, spec: str, average: int, *, has_run: bool) -> tuple[int, 
         return 0, spec
     content = mean.read(path if average > 1 else found, average)
     try:
-        method.load_state_dict(content["state_dict"])
+        method.load_state_dict(whole(content, base, found))
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit this {type(method).__name__}: {line}") from None

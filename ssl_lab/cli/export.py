@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 from ssl_lab.backbones.vit import ViT
-from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.cli.tuned import plain, rebuild, whole
 from ssl_lab.data import tokenizer
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -90,12 +90,13 @@ def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Stats 
     if found is None:
         return io.build(path), None
     config = load_config(folder, trust)
-    method: nn.Module = instantiate(without_downloads(config["method"]), _convert_="all")
+    method, base = rebuild(config)
     try:
-        method.load_state_dict(mean.read(path if average > 1 else found, average)["state_dict"])
+        method.load_state_dict(whole(mean.read(path if average > 1 else found, average), base, found))
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    plain(method, f"ckpt={path} cannot be exported")
     views = (config.get("data") or {}).get("eval_views") or {}
     return method, STATS.get(views.get("stats", ""))
 

@@ -12,6 +12,7 @@ from ssl_lab.data.module import DataModule
 from ssl_lab.evals.results import Row, table
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.teacher import scaled_momentum
+from ssl_lab.nn.tuning import share
 from ssl_lab.schedules import Constant, Cosine, Linear, Schedule, Stairs, Warmup
 
 
@@ -24,6 +25,7 @@ def heading(
     rate = method.optim.peak_lr(samples)
     lines = {
         "method": f"{type(method).__name__}, {_parameters(method)}",
+        **({"tuning": share(method)} if any(not p.requires_grad for p in method.parameters()) else {}),
         "data": _data(data),
         "length": f"{steps:,} steps x {samples} samples = {epochs:.4g} epochs",
         "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",

@@ -14,8 +14,9 @@ from torch import nn
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 from ssl_lab.train import checkpoint
+from ssl_lab.train.base import Base
 
-IDENTITY = ("method", "data", "optim", "seed", "duration", "ema")
+IDENTITY = ("method", "tuning", "data", "optim", "seed", "duration", "ema")
 IDENTITY_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 FREE = ("num_workers", "augment_on_device", "kernel")  # how it is computed, not what
 
@@ -54,14 +55,16 @@ def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start:
     return Standing(path, step)
 
 
-def require_fit(path: Path, method: nn.Module) -> None:
-    """Check that a checkpoint was made by such a method.
+def require_fit(path: Path, method: nn.Module, base: Base | None = None) -> None:
+    """Check that a checkpoint was made by such a method; `base` is what a tuned one's leaves out.
 
     Raises:
         UserError: names and shapes of the weights differ.
     """
     here = {name: tuple(value.shape) for name, value in method.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in checkpoint.read(path, lazy=True)["state_dict"].items()}
+    content = checkpoint.read(path, lazy=True)
+    state = (content if base is None else base.put_back(content, path))["state_dict"]
+    there = {name: tuple(value.shape) for name, value in state.items()}
     if wrong := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
         raise UserError(
             f"{path} does not fit this {type(method).__name__}: {len(wrong)} tensors differ, first {wrong[0]}; "

@@ -1,6 +1,7 @@
 """`ssl-lab train`: from a configuration to weights, numbers and pictures in one run folder. Repeat it to go on."""
 
 import contextlib
+import copy
 import functools
 import json
 import signal
@@ -23,6 +24,7 @@ from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
 from ssl_lab.cli.trainer import make_trainer, quiet
+from ssl_lab.cli.tuned import tune, whole
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Evaluator, moved
@@ -31,6 +33,7 @@ from ssl_lab.evals.results import Row, read, write
 from ssl_lab.evals.runner import logged, run_all
 from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.lora import fuse_
 from ssl_lab.pictures import side_by_side, unnormalize
 from ssl_lab.train import checkpoint
 from ssl_lab.train.alarm import CollapseAlarm
@@ -77,6 +80,7 @@ class Training:
         self.console = Console(quiet=not first, highlight=False)
         self.method: Method = build_method(cfg.method, cfg.seed, self.say)
         self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        self.base = tune(self.method, self.config)
         self.method.optim, self.method.seed = build(cfg.optim), cfg.seed
         self.method.parallel = Parallel(
             checkpoint_blocks=cfg.checkpoint_blocks, compile=cfg.compile, fp32_residual=cfg.fp32_residual
@@ -93,13 +97,14 @@ class Training:
         self.trainer.fit_loop.epoch_loop.max_steps = self.steps
         self.standing = standing(self.out, self.config, self.method.samples_per_step, cfg.ckpt)
         if self.standing.path is not None:
-            require_fit(self.standing.path, self.method)
+            require_fit(self.standing.path, self.method, self.base)
 
     def fit(self) -> None:
         """Train from where the run stands to its end, or until a signal."""
         self.say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
         if self.standing.path is not None and self.standing.step >= self.steps:
-            self.method.load_state_dict(checkpoint.read(self.standing.path)["state_dict"])
+            content = checkpoint.read(self.standing.path)
+            self.method.load_state_dict(whole(content, self.base, self.standing.path))
             return
         self.loggers.open()
         self.loggers.config(self.config)
@@ -144,6 +149,7 @@ class Training:
         parts = (getattr(self.method, name, None) for name in ("encoder", "decoder", "model"))
         network = next((part for part in parts if isinstance(part, nn.Module)), None)
         if self.first and network is not None:
+            network = network if self.base is None else fuse_(copy.deepcopy(network))
             io.save(network, self.out / "last.safetensors")
         self.loggers.close()
         self.say(*summary(self.out, read(self.out / "metrics.json"), self.steps))
@@ -175,7 +181,7 @@ class Training:
         ]
         if cfg.trainer.enable_progress_bar:
             callbacks.append(StepBar(self.console))
-        return make_trainer(cfg.trainer, self.out, callbacks, cfg.keep_checkpoints)
+        return make_trainer(cfg.trainer, self.out, callbacks, cfg.keep_checkpoints, self.base)
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
         """In training, where logging is the callback's business."""

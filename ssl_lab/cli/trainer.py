@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from ssl_lab.cli.compose import build
 from ssl_lab.errors import UserError
+from ssl_lab.train.base import Base
 from ssl_lab.train.checkpoint import CheckpointFiles
 from ssl_lab.train.metrics import DataWait
 
@@ -26,10 +27,12 @@ _NOISE = (  # advice that does not apply here
 )
 
 
-def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback], keep: int = 2) -> L.Trainer:
+def make_trainer(
+    node: DictConfig, out: Path, callbacks: list[L.Callback], keep: int = 2, base: Base | None = None
+) -> L.Trainer:
     """The Trainer of a configuration; how many steps it runs is set as soon as its number of devices is known.
 
-    `keep` checkpoints stay in the run folder.
+    `keep` checkpoints stay in the run folder; `base` is what they leave out.
 
     Raises:
         UserError: a value that Lightning refuses, or would quietly replace.
@@ -37,7 +40,7 @@ def make_trainer(node: DictConfig, out: Path, callbacks: list[L.Callback], keep:
     require_precision(node.precision, node.accelerator)
     if node.log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={node.log_every_n_steps}: give 1 or more optimizer steps")
-    plugins: list[Any] = [CheckpointFiles(keep)]
+    plugins: list[Any] = [CheckpointFiles(keep, base)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the exit code of a signal asks for it
     try:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from ssl_lab.cli.compose import build
 from ssl_lab.cli.generate import PRECISIONS, device_named
-from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.audio_decode import decode_audio
 from ssl_lab.data.decode import Unreadable
@@ -21,6 +21,7 @@ from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
 from ssl_lab.generation.chunks import in_chunks
 from ssl_lab.generation.ctc import CTCBeam, Word, align, beam_search, greedy, pieces, words
+from ssl_lab.nn.lora import fuse_
 from ssl_lab.train import checkpoint
 
 _SHORTEST = 0.2  # seconds; what is shorter is followed by silence, as in training
@@ -139,7 +140,7 @@ def _recogniser(spec: str, trust: list[str]) -> Recogniser:
     if folder is None:
         raise UserError(f"ckpt={spec}: no config.yaml beside it, so no run wrote it")
     config = load_config(folder, trust)
-    method = build(OmegaConf.create(without_downloads(config["method"])))
+    method, base = rebuild(config)
     rate = (config.get("data") or {}).get("sampling_rate")
     if not hasattr(method, "emissions") or rate is None:
         raise UserError(f"ckpt={spec} is a {type(method).__name__}, which writes down no speech: give a run of ctc")
@@ -147,8 +148,8 @@ def _recogniser(spec: str, trust: list[str]) -> Recogniser:
     if found is None:
         raise UserError(f"ckpt={spec} has no checkpoint yet: train longer, or give another folder")
     try:
-        method.load_state_dict(checkpoint.read(found)["state_dict"])
+        method.load_state_dict(whole(checkpoint.read(found), base, found))
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
-    return Recogniser(method, tokenizers.load(folder), int(rate))
+    return Recogniser(fuse_(method), tokenizers.load(folder), int(rate))

@@ -46,7 +46,7 @@ def plan(decoder: Decoder) -> list[Layer] | None:
         return None
     if type(decoder) is not Decoder or type(decoder.embed) is not nn.Embedding or not _normal(decoder.norm):
         return None
-    if type(decoder.positions).bias is not Positions.bias:
+    if type(decoder.positions).bias is not Positions.bias or decoder.prompt is not None:
         return None
     layers = [_layer(block) for block in decoder.blocks]
     found = [layer for layer in layers if layer is not None]
@@ -59,7 +59,7 @@ def _layer(block: nn.Module) -> Layer | None:
     if len(residuals) != 2 or not all(_plain(r) for r in residuals):
         return None
     attention, ffn = (r.get_submodule("fn") for r in residuals)
-    if type(attention) is not Attention or attention.cross or attention.qk_norm:
+    if type(attention) is not Attention or attention.cross or attention.qk_norm or attention.prefix is not None:
         return None
     maps = [attention.qkv, attention.proj, *(m for m in ffn.children() if not isinstance(m, nn.Dropout))]
     if type(ffn) not in (MLP, GLU) or any(type(m) is not Linear for m in maps):
@@ -82,6 +82,7 @@ def _plain(residual: nn.Module) -> bool:
         and residual.place == "pre"
         and residual.scale == 1.0
         and residual.gate is None
+        and residual.adapter is None
         and type(residual.layer_scale) is nn.Identity
         and _normal(residual.norm)
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ssl_lab.nn.attend import KernelName, attend
-from ssl_lab.nn.linear import Linear, linear
+from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.masking import take
 from ssl_lab.nn.rope import rotate
 
@@ -68,6 +68,7 @@ class Attention(nn.Module):
         self.proj = Linear(q_dim, dim, proj_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.prefix: nn.Module | None = None  # learned keys and values, see `ssl_lab.nn.prefix`
         self.rotary_dim = self.head_dim
         self.qk_norm, self._counts = qk_norm is not None, (num_heads, num_kv_heads, num_kv_heads)
         self.cross, self.scale, self.dropout, self.kernel, self.layer = cross, scale, dropout, kernel, layer
@@ -83,10 +84,13 @@ class Attention(nn.Module):
                 q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None and not self.cross:
             k, v = ctx.cache.append(self.layer, k, v)
+        mask, bias = (ctx.memory_mask, None) if self.cross else (ctx.mask, ctx.bias)
+        if self.prefix is not None:
+            k, v, mask, bias = self.prefix(k, v, mask, bias)
         out = attend(
             q, k, v,
-            ctx.memory_mask if self.cross else ctx.mask,
-            bias=None if self.cross else ctx.bias,
+            mask,
+            bias=bias,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             kernel=self.kernel,
@@ -102,10 +106,9 @@ class Attention(nn.Module):
             return self._heads(self.q(x)), k, v
         if ctx.rows is None:
             return self._heads(self.qkv(x))
-        width, weight, bias = self.num_heads * self.head_dim, self.qkv.weight, self.qkv.bias
-        k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, 1)
-        q = linear(take(x, ctx.rows), weight[:width], None if bias is None else bias[:width])
-        return self._heads(q), k, v
+        width = self.num_heads * self.head_dim
+        k, v = self._heads(self.qkv.rows(x, width)).chunk(2, 1)
+        return self._heads(self.qkv.rows(take(x, ctx.rows), 0, width)), k, v
 
     def _of_memory(self, ctx: "Context") -> tuple[Tensor, ...]:
         """Keys and values (B, Hkv, S, Dh) of `ctx.memory`."""

@@ -76,7 +76,7 @@ class Residual(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm, self.fn = norm(dim), fn
+        self.dim, self.norm, self.fn = dim, norm(dim), fn
         self.place, self.scale, self.dropout = place, scale, dropout
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.gate = nn.Parameter(torch.zeros(())) if gate else None

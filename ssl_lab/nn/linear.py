@@ -18,6 +18,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def rows(self, x: Tensor, start: int = 0, stop: int | None = None, add: Tensor | None = None) -> Tensor:
+        """Outputs `start` to `stop` alone, (..., D) -> (..., stop - start), with `add` joined to their bias."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return linear(x, self.weight[start:stop], add if bias is None else bias if add is None else bias + add)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (E, D) transposed, plus bias (E) -> (..., E)."""

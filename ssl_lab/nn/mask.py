@@ -1,10 +1,11 @@
 """One description of who may attend to whom, realised by whichever kernel runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class AttnMask:
             global attention), as far as the other conditions allow.
         chunk: under `causal`, positions stand in groups of so many that see each other whole: a position sees its own
             group and earlier ones (streaming speech recognition, arXiv:2012.05481).
+        free: so many positions at the very beginning are seen by all (under `causal` by those that follow), whatever
+            else holds; see `after`.
     """
 
     causal: bool = False
@@ -40,6 +43,27 @@ class AttnMask:
     window: int | None = None
     everyone: Tensor | None = None
     chunk: int | None = None
+    free: int = 0
+
+    def after(self, count: int) -> "AttnMask":
+        """The mask of the same positions behind `count` learned ones that all see (prefixes, prompts).
+
+        Made once and kept on this object.
+        """
+        made: tuple[int, AttnMask] | None = self.__dict__.get("_after")
+        if made is None or made[0] != count:
+            made = self.__dict__["_after"] = (
+                count,
+                replace(
+                    self,
+                    valid=None if self.valid is None else F.pad(self.valid, (count, 0), value=True),
+                    segments=None if self.segments is None else F.pad(self.segments, (count, 0), value=-2),
+                    everyone=None if self.everyone is None else F.pad(self.everyone, (count, 0), value=False),
+                    prefix=None if self.prefix is None else self.prefix + count,
+                    free=self.free + count,
+                ),
+            )
+        return made[1]
 
     @property
     def plain(self) -> bool:
@@ -86,11 +110,17 @@ class AttnMask:
         if self.segments is not None:
             seen = self.segments[:, -S:]
             conditions.append(seen[:, None, -L:, None] == seen[:, None, None])
+        if self.free:
+            return _all(conditions) | self._first(q, k)[None, None]
         return _all(conditions)
+
+    def _first(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether a key is one of the free ones, which under `causal` come before or are the query itself."""
+        return (k < self.free) & (k <= q) if self.causal else (k < self.free) & (q == q)
 
     def _group(self, position: Tensor) -> Tensor:
         """What the causal rule compares: positions, or their chunks."""
-        return position if self.chunk is None else position // self.chunk
+        return position if self.chunk is None else (position - self.free).div(self.chunk, rounding_mode="floor")
 
     def mask_mod(self, L: int, S: int) -> Predicate:
         """The same rule as a FlexAttention predicate (b, h, q_idx, kv_idx) -> bool."""
@@ -114,7 +144,7 @@ class AttnMask:
                 ok = ok & valid[b, k]
             if segments is not None:
                 ok = ok & (segments[b, q] == segments[b, k])
-            return ok
+            return ok | self._first(q, k) if self.free else ok
 
         return allowed
 

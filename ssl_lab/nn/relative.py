@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ssl_lab.nn.attend import KernelName, attend
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.kernels.products import product
-from ssl_lab.nn.linear import Linear, linear
+from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.mask import AttnMask
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RelativeAttention(Attention):
         far = self.distance(waves.to(x.dtype) * self.head_dim**-0.5)
         far = far.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         add = torch.cat([self.u.flatten(), self.u.new_zeros(2 * dim)])  # u costs nothing as a bias of the projection
-        heads = self._heads(linear(x, self.qkv.weight, self.qkv.bias + add))
+        heads = self._heads(self.qkv.rows(x, add=add))
         more = (self.v - self.u)[:, None]
         step = (
             rows if x.device.type != "cpu" else max(1, _BYTES // (2 * self.num_heads * length**2 * far.element_size()))
@@ -61,9 +61,12 @@ class RelativeAttention(Attention):
         for start, piece in zip(range(0, rows, step), heads.split(step), strict=True):
             q, k, v = piece.chunk(3, 1)
             mask = ctx.mask if step >= rows else _rows(ctx.mask, start, start + step)
+            bias = position_bias(q + more.to(q.dtype), far)
+            if self.prefix is not None:
+                k, v, mask, bias = self.prefix(k, v, mask, bias)
             attended = attend(
                 q, k, v, mask,
-                bias=position_bias(q + more.to(q.dtype), far),
+                bias=bias,
                 dropout_p=self.dropout if self.training else 0.0,
                 kernel=self.kernel,
             )  # fmt: skip

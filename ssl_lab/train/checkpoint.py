@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from ssl_lab import dist
 from ssl_lab.errors import UserError
 from ssl_lab.files import replacing, write_text
+from ssl_lab.train.base import Base
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +37,18 @@ class CheckpointFiles(CheckpointIO):
     """Lightning's door to checkpoint files: keeps the newest `keep` of a folder and the pointer `last.ckpt`.
 
     When the disk is full the oldest go first; with one left, training goes on without the new file and says so.
+    With a `base`, what belongs to it is not stored.
     """
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, keep: int = 2, base: Base | None = None) -> None:
         if keep < 2:
             raise UserError(f"keep_checkpoints={keep} could lose the only one while it is replaced; give 2 or more")
-        self.keep = keep
+        self.keep, self.base = keep, base
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        if self.base is not None:
+            checkpoint = self.base.left_out(checkpoint)
         while True:
             try:
                 write(checkpoint, path)
@@ -66,7 +70,7 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True, **_: Any
     ) -> dict[str, Any]:
-        return read(path)
+        return read(path) if self.base is None else self.base.put_back(read(path), path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

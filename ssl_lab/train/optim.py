@@ -107,8 +107,9 @@ class Optim:
 
     def _groups(self, named: Named) -> Iterator[dict[str, Any]]:
         """Parameters by (decays?, layer, Muon or not), in a fixed order."""
+        named = list(named)
+        depth = 1 + max((_block(name) for name, _ in named), default=0)  # of those too that are frozen
         named = [(name, p) for name, p in named if p.requires_grad]
-        depth = 1 + max((_block(name) for name, _ in named), default=0)
         groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
         for name, p in named:
             decays = self.decay == "all" or (p.ndim > 1 and not name.endswith(".bias"))
@@ -137,7 +138,7 @@ def _layer(name: str, depth: int) -> int:
     block = _block(name)
     if block >= 0:
         return block + 1
-    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm")
+    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm", "prompt")
     # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
     return 0 if name == "mask_token" or any(part in stem for part in name.split(".")) else depth + 1
 

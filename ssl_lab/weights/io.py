@@ -20,6 +20,7 @@ from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, encoder_block
 from ssl_lab.nn.embed import PatchEmbed
 from ssl_lab.nn.ffn import MLP
+from ssl_lab.nn.tuning import added
 from ssl_lab.weights import families
 from ssl_lab.weights.rename import State
 from ssl_lab.weights.sources import HEADER, Source, read, read_safetensors
@@ -105,6 +106,8 @@ def build(path: str | Path) -> ViT | Timm | families.LanguageModel:
 
 def architecture(backbone: nn.Module) -> dict[str, Any]:
     """Class and constructor arguments as plain JSON; empty for a backbone of other parts."""
+    if added(backbone):
+        return {}
     if isinstance(backbone, Timm):
         return {"class": "Timm", "arguments": backbone.arguments}
     if facts := families.facts_of(backbone):

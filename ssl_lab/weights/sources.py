@@ -215,6 +215,10 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(
             f"{path} cannot be read as weights ({first_line(error)}); is it complete, and a file of weights alone?"
         ) from error
+    if isinstance(content, dict) and isinstance(content.get("base"), dict):
+        raise UserError(
+            f"{path} holds what was tuned alone: give last.safetensors of the run once it is done, or export it"
+        )
     state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a Lightning checkpoint or a plain state dict")

@@ -1,0 +1,76 @@
+"""The door of `tuning=...`: between a method with its starting weights and its optimizer, and the way back to a run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ssl_lab.cli.compose import build
+from ssl_lab.cli.saved import without_downloads
+from ssl_lab.errors import UserError
+from ssl_lab.methods.base import Method
+from ssl_lab.nn.lora import fuse_
+from ssl_lab.nn.tuning import added
+from ssl_lab.rng import fold
+from ssl_lab.train.base import Base
+
+
+def tune(method: nn.Module, config: Mapping[str, Any]) -> Base | None:
+    """Apply what `tuning` in a plain configuration says; what its checkpoints leave out, None where all learns.
+
+    Raises:
+        UserError: a pattern that fits nothing, or a network that cannot be tuned so.
+    """
+    if not config.get("tuning"):
+        return None
+    torch.manual_seed(fold(int(config.get("seed", 0)), 1))
+    parts = build(OmegaConf.create(config["tuning"]))(method)
+    return Base(method, parts, list(_weights(config["method"])))
+
+
+def rebuild(config: Mapping[str, Any]) -> tuple[Method, Base | None]:
+    """The method of a saved configuration, for a checkpoint to fill; a whole one needs no starting weights.
+
+    A tuned method comes with the weights that it started from, of which the checkpoint has the checksum alone.
+
+    Raises:
+        UserError: those weights are gone.
+    """
+    if not config.get("tuning"):
+        return build(OmegaConf.create(without_downloads(config["method"]))), None
+    torch.manual_seed(int(config.get("seed", 0)))
+    method = build(OmegaConf.create(config["method"]))
+    return method, tune(method, config)
+
+
+def whole(content: Mapping[str, Any], base: Base | None, path: Any) -> dict[str, Tensor]:
+    """The `state_dict` of a checkpoint with what it left out.
+
+    Raises:
+        UserError: it was tuned from other weights.
+    """
+    return (content if base is None else base.put_back(content, path))["state_dict"]
+
+
+def plain(network: nn.Module, why: str) -> None:
+    """Merge low-rank updates; a network that has something else beside its layers stays a network of this package.
+
+    Raises:
+        UserError: it has, and `why` says what needs plain layers.
+    """
+    fuse_(network)
+    if left := added(network):
+        raise UserError(f"{why}: {', '.join(left)} beside the layers cannot be merged into them; tuning=lora can")
+
+
+def _weights(node: Any) -> Iterator[str]:
+    """Starting weights named anywhere in a method's configuration."""
+    for key, value in node.items() if hasattr(node, "items") else ():
+        if key == "weights" and isinstance(value, str):
+            yield value
+        elif key == "pretrained" and value is True:
+            yield f"timm:{node.get('name')}"
+        else:
+            yield from _weights(value)

@@ -1,0 +1,156 @@
+"""Tuning with few parameters: a trained network stays as it is, and a part of it, or something beside it, learns.
+
+What all kinds share stands here; `ssl_lab.nn.lora`, `adapters`, `prefix` and `prompt` hold those that add something.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ssl_lab.errors import UserError
+from ssl_lab.nn.teacher import follower
+
+
+@dataclass(kw_only=True)
+class Tuning:
+    """Called with a method that holds its weights, it freezes the method's networks and lets little of them learn.
+
+    What stands beside the networks, such as a new head, learns as before. A network that follows a tuned one (a
+    teacher) becomes a copy of it again.
+
+    Args:
+        parts: networks by their path in the method; None = see `networks`.
+        also: parameters of these networks that learn too, by pattern: `*.norm.weight`, `blocks.11.*`.
+    """
+
+    parts: Sequence[str] | None = None
+    also: Sequence[str] = ()
+
+    def __call__(self, method: nn.Module) -> list[str]:
+        """Change `method` in place; gives the paths of the networks that were changed, followers included.
+
+        Raises:
+            UserError: no such part, or a pattern that fits nothing.
+        """
+        done = []
+        for path in networks(method) if self.parts is None else self.parts:
+            network = _part(method, path)
+            twins = [name for name, other in method.named_modules() if _follows(other, network)]
+            network.requires_grad_(False)
+            for parameter in _named(network, self.also, "tuning.also"):
+                parameter.requires_grad_()
+            self.change(network, path)
+            for name in twins:
+                parent, _, child = name.rpartition(".")
+                setattr(method.get_submodule(parent), child, follower(network))
+            done += [path, *twins]
+        return done
+
+    def change(self, network: nn.Module, path: str) -> None:
+        """Let a part of the frozen `network` learn, in place."""
+        raise TypeError(f"{type(self).__name__} must define change(network, path)")
+
+
+@dataclass(kw_only=True)
+class Partial(Tuning):
+    """Some of the network's own parameters learn: biases (BitFit, arXiv:2106.10199), norms, the last blocks.
+
+    Args:
+        learn: which, by pattern: `*bias`, `*norm*`.
+        last_blocks: so many blocks at the end learn whole, and what follows them.
+    """
+
+    learn: Sequence[str] = ()
+    last_blocks: int = 0
+
+    def change(self, network: nn.Module, path: str) -> None:
+        """See `Tuning.change`.
+
+        Raises:
+            UserError: more blocks than there are, or a pattern that fits nothing.
+        """
+        for parameter in _named(network, self.learn, "tuning.learn"):
+            parameter.requires_grad_()
+        if not self.last_blocks:
+            return
+        blocks = getattr(network, "blocks", getattr(getattr(network, "decoder", None), "blocks", ()))
+        if not 0 < self.last_blocks <= len(blocks):
+            raise UserError(f"tuning.last_blocks={self.last_blocks}: {path} has {len(blocks)} blocks of its own")
+        for module in (*blocks[-self.last_blocks :], getattr(network, "norm", None)):
+            if isinstance(module, nn.Module):
+                module.requires_grad_(True)
+
+
+def networks(method: nn.Module) -> list[str]:
+    """Paths of the networks that a method trains: each tower that is not frozen, else its one network.
+
+    Raises:
+        UserError: there is none.
+    """
+    towers = getattr(method, "towers", None)
+    if isinstance(towers, nn.ModuleDict):
+        return [f"towers.{name}.backbone" for name, tower in towers.items() if not getattr(tower, "frozen", False)]
+    for name in ("student", "encoder", "decoder", "model"):
+        if isinstance(method._modules.get(name), nn.Module):
+            return [name]
+    raise UserError(f"{type(method).__name__} does not say what to tune: set tuning.parts=[<path of a network>]")
+
+
+def added(network: nn.Module) -> list[str]:
+    """What stands beside the layers of a network, such as `low-rank updates`; empty for a plain network."""
+    return sorted({kind for module in network.modules() if (kind := getattr(type(module), "beside", None))})
+
+
+def share(module: nn.Module) -> str:
+    """How much of a module learns, in words."""
+    whole = sum(p.numel() for p in module.parameters())
+    learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"trains {_millions(learns)} of {_millions(whole)} parameters, {100 * learns / max(1, whole):.2g} %"
+
+
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted name, or an end of it that begins after a dot, fits one of the shell patterns."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+
+
+def require_fit(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Every pattern must fit one of `names` at least.
+
+    Raises:
+        UserError: with the words that the names are made of.
+    """
+    for pattern in patterns:
+        if not any(fits(name, [pattern]) for name in names):
+            ends = dict.fromkeys(re.sub(r"\b\d+\b", "*", name).split("blocks.*.")[-1] for name in names)
+            there = ", ".join(list(ends)[:24]) or "none"
+            raise UserError(f"{what}: nothing fits {pattern!r}; there are {there}")
+
+
+def _named(network: nn.Module, patterns: Sequence[str], what: str) -> list[nn.Parameter]:
+    """Parameters that fit; none of the patterns may fit nothing."""
+    known = dict(network.named_parameters())
+    require_fit(patterns, list(known), what)
+    return [parameter for name, parameter in known.items() if fits(name, patterns)]
+
+
+def _part(method: nn.Module, path: str) -> nn.Module:
+    try:
+        return method.get_submodule(path)
+    except AttributeError:
+        there = ", ".join(name for name, _ in method.named_children())
+        raise UserError(f"tuning.parts: {type(method).__name__} has no {path}; its parts: {there}") from None
+
+
+def _follows(other: nn.Module, network: nn.Module) -> bool:
+    """A network of the same make that takes no gradient."""
+    if other is network or type(other) is not type(network) or any(p.requires_grad for p in other.parameters()):
+        return False
+    here, there = ({n: p.shape for n, p in module.named_parameters()} for module in (network, other))
+    return bool(here) and here == there
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"
