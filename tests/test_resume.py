@@ -90,12 +90,20 @@ def test_every_method_of_text_goes_on(tmp_path, method):
     same_end(whole, out)
 
 
-@pytest.mark.parametrize(
-    "method", ["ctc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("best_rq", "audio_classification"))]
-)
+SOUND = {  # what a method has beside the encoder's width and depth
+    "ctc": ["encoder.stem.channels=8"],
+    "best_rq": ["encoder.stem.channels=8"],
+    "audio_classification": ["encoder.stem.channels=8"],
+    "rnnt": ["encoder.stem.channels=8", "predictor.dim=8", "joint_dim=8"],
+    "wav2vec2": ["encoder.front.channels=8", "encoder.positions.groups=2"],
+}
+
+
+@pytest.mark.parametrize("method", [m if m == "ctc" else pytest.param(m, marks=pytest.mark.slow) for m in SOUND])
 def test_every_method_of_sound_goes_on(tmp_path, method):
-    """Its batch norms, SpecAugment, dropout and masks too."""
-    network = [f"method.encoder.{word}" for word in ("dim=16", "depth=1", "num_heads=2", "stem.channels=8")]
+    """Its batch norms, SpecAugment, dropout, masks and draws of codes too."""
+    sizes = ("encoder.dim=16", "encoder.depth=1", "encoder.num_heads=2", *SOUND[method])
+    network = [f"method.{word}" for word in sizes]
     words = [f"method={method}", *network, *COMMON, "data.rows=40", "duration=8steps"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run([*words, f"out={whole}"]) == 0
