@@ -39,7 +39,9 @@ def measured(data, change, **settings):
 
 
 def test_the_right_words_have_no_errors(data):
-    assert measured(data, lambda ids: ids) == {"wer": 0, "cer": 0, "rows/right": 100}
+    found = measured(data, lambda ids: ids)
+    factor = found.pop("time/real_time_factor")
+    assert 0 < factor < 1 and found == {"wer": 0, "cer": 0, "rows/right": 100}
 
 
 def test_edits_are_counted_over_all_words(data):

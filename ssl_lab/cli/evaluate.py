@@ -14,10 +14,12 @@ from torch import nn
 from ssl_lab.analysis.embedding import require_projection
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.gallery import Gallery
+from ssl_lab.cli.gallery_sound import SoundGallery
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
 from ssl_lab.cli.starting import decided_by_data
 from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.cli.watch import Extraction
+from ssl_lab.data.audio_module import AudioModule
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
 from ssl_lab.evals.pixels import Pixels
@@ -84,10 +86,11 @@ def run(cfg: DictConfig) -> None:
         write(out / "metrics.json", rows)
         write_text(out / "table.md", markdown(rows))
         places = {"table": out / "table.md", "protocols": out / "metrics.json"}
-        if cfg.pictures and hasattr(data.eval_views, "stats"):
+        sound = isinstance(data, AudioModule)
+        if cfg.pictures and (sound or hasattr(data.eval_views, "stats")):
             title = subject if folder is None else f"{folder.parent.name}/{folder.name}, {subject}, step {step:,}"
             last = [row for row in rows if row.subject == subject]
-            gallery = Gallery(round, cfg.projection, cfg.seed)
+            gallery = (SoundGallery if sound else Gallery)(round, cfg.projection, cfg.seed)
             places["pictures"] = gallery.write(out / "pictures", title, matrix(last) if last else ())
     console.print(table(rows))
     for name, path in places.items():

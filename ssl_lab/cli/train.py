@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
+from ssl_lab.cli.gallery_sound import drawn_alignments
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
@@ -212,6 +213,9 @@ class Training:
         """What the method makes of some test images, and its patch features as colours."""
         batch = moved(next(iter(self.data.eval_loader("test", _SHOWN))), self.method.device)
         drawn: dict[str, Tensor] = {}
+        if "audio" in batch and "image" not in batch:
+            found = drawn_alignments(self.method, self.data, self.trainer.precision_plugin.forward_context)
+            return drawn if found is None else {"alignment": found}
         if "image" not in batch:
             return drawn
         stats = STATS[self.data.eval_views.stats]

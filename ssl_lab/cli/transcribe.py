@@ -2,14 +2,13 @@
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
+from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.cli.generate import PRECISIONS, device_named
 from ssl_lab.cli.saved import load_config, run_folder
 from ssl_lab.cli.tuned import rebuild, whole
@@ -19,23 +18,14 @@ from ssl_lab.data.decode import Unreadable
 from ssl_lab.data.medium import AUDIO
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
-from ssl_lab.generation.chunks import in_chunks
-from ssl_lab.generation.ctc import CTCBeam, Word, align, beam_search, greedy, pieces, words
+from ssl_lab.generation.ctc import CTCBeam, Score
+from ssl_lab.generation.listen import Recogniser
+from ssl_lab.generation.ngram import DecoderScore, WordScore, read_arpa
 from ssl_lab.nn.lora import fuse_
 from ssl_lab.train import checkpoint
+from ssl_lab.types import Transcribes
 
-_SHORTEST = 0.2  # seconds; what is shorter is followed by silence, as in training
 _LEAST = 0.5  # seconds of overlap: less would cut into what a frame sees
-_SEARCHED = 20.0  # seconds that one search covers
-
-
-@dataclass(frozen=True)
-class Recogniser:
-    """A method that gives CTC's frame probabilities, with its tokenizer and its sampling rate in Hz."""
-
-    method: Any
-    tokenizer: Tokenizer
-    sampling_rate: int
 
 
 def run(cfg: DictConfig) -> None:
@@ -53,10 +43,11 @@ def run(cfg: DictConfig) -> None:
     if cfg.num_beams < 1:
         raise UserError(f"num_beams={cfg.num_beams}: at least 1, the likeliest token of each frame")
     files, device = _files(Path(str(cfg.audio)).expanduser()), device_named(str(cfg.device))
-    recogniser = _recogniser(str(cfg.ckpt), list(cfg.trust))
-    recogniser.method.to(device, PRECISIONS[cfg.precision]).eval()
+    recogniser = _recogniser(cfg, device)
+    recogniser.text(torch.linspace(-1, 1, recogniser.sampling_rate))  # what is made once is no time of a file's
     heard = spent = 0.0
     for file in files:
+        begin, prefix = time.perf_counter(), f"{file}\t" if len(files) > 1 else ""
         try:
             audio = decode_audio(file, recogniser.sampling_rate)
         except Unreadable as reason:
@@ -64,60 +55,19 @@ def run(cfg: DictConfig) -> None:
                 raise UserError(f"{file} cannot be read: {reason}") from None
             print(f"{file}: left out, {reason}", file=sys.stderr)
             continue
-        begin = time.perf_counter()
-        found = transcribed(recogniser, audio, chunk=cfg.chunk, overlap=cfg.overlap, num_beams=cfg.num_beams)
-        heard, spent = heard + len(audio) / recogniser.sampling_rate, spent + time.perf_counter() - begin
-        text, prefix = " ".join(word.text for word in found), f"{file}\t" if len(files) > 1 else ""
         if cfg.words:
-            for word in found:
-                print(f"{prefix}{word.start:.2f}\t{word.end:.2f}\t{word.text}", flush=True)
+            found = recogniser.words(audio)
+            lines = [f"{word.start:.2f}\t{word.end:.2f}\t{word.text}" for word in found]
         else:
-            print(f"{prefix}{text}", flush=True)
-        if not found:
+            lines = [recogniser.text(audio)]
+        heard, spent = heard + len(audio) / recogniser.sampling_rate, spent + time.perf_counter() - begin
+        for line in lines:
+            print(f"{prefix}{line}", flush=True)
+        if not any(lines):
             print(f"{file}: no words in it", file=sys.stderr)
     if not heard:
         raise UserError(f"none of the {len(files)} files in {cfg.audio} can be read")
     print(f"{heard:,.1f} s of sound in {spent:,.2f} s, real-time factor {spent / heard:.4f}", file=sys.stderr)
-
-
-def transcribed(recogniser: Recogniser, audio: Tensor, *, chunk: float, overlap: float, num_beams: int) -> list[Word]:
-    """The words of a recording (S,) at the recogniser's rate.
-
-    Args:
-        recogniser: what hears.
-        audio: (S,) float32.
-        chunk: seconds that are heard at once.
-        overlap: seconds that two chunks have in common.
-        num_beams: see `CTCBeam`.
-
-    Raises:
-        UserError: the weights give values that are no numbers.
-    """
-    method, rate = recogniser.method, recogniser.sampling_rate
-    seconds, parameter = method.encoder.seconds, next(method.parameters())
-    least = round(_SHORTEST * rate)
-    audio = torch.nn.functional.pad(audio, (0, max(0, least - len(audio))))
-
-    def emit(samples: Tensor) -> Tensor:
-        heard = samples[None].to(parameter.device, parameter.dtype)
-        log_probs, frames = method.emissions({"audio": heard, "audio_valid": torch.ones_like(heard, dtype=torch.bool)})
-        return log_probs[0, : int(frames)].cpu()
-
-    frames = in_chunks(
-        emit, audio, step=round(seconds * rate), chunk=round(chunk * rate), overlap=round(overlap * rate)
-    )
-    if not frames.isfinite().all():
-        raise UserError("the weights give values that are no numbers: take an earlier checkpoint")
-    said, spans = list[int](), list[tuple[int, int]]()
-    for start, end in pieces(frames, round(_SEARCHED / seconds), method.blank):
-        part = frames[start:end]
-        if num_beams > 1:
-            tokens = beam_search(part, CTCBeam(num_beams), blank=method.blank)[0][0]
-        else:
-            tokens = greedy(part, method.blank)
-        said += tokens
-        spans += [(start + a, start + b) for a, b in align(part, tokens, method.blank)]
-    return words(said, spans, recogniser.tokenizer, seconds)
 
 
 def _files(path: Path) -> list[Path]:
@@ -131,25 +81,85 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _recogniser(spec: str, trust: list[str]) -> Recogniser:
-    """Of a run folder or a checkpoint in one. The averaged weights count where there are such."""
+def _recogniser(cfg: DictConfig, device: torch.device) -> Recogniser:
+    """On its device, with the language model where one is asked for."""
+    method, tokenizer, rate = _trained(str(cfg.ckpt), list(cfg.trust))
+    name = type(method).__name__
+    timed = hasattr(method, "emissions")
+    if timed and not hasattr(method.encoder, "seconds"):
+        raise UserError(f"ckpt={cfg.ckpt} hears by {type(method.encoder).__name__}, which gives no frames in order")
+    if cfg.words and not timed:
+        raise UserError(f"words=true: {name} does not know when a word was said; take a run of ctc, or words=false")
+    score = None
+    if cfg.lm is not None:
+        if not timed or hasattr(method, "decode"):
+            raise UserError(f"lm={cfg.lm} helps a search over frames of ctc, and this is a run of {name}: leave it out")
+        if cfg.num_beams < 2:
+            raise UserError(f"lm={cfg.lm} needs a search: set num_beams, such as num_beams=16")
+        score = _language_model(str(cfg.lm), tokenizer, list(cfg.trust), device)
+    method.to(device, PRECISIONS[cfg.precision]).eval()
+    return Recogniser(
+        method,
+        tokenizer,
+        rate,
+        chunk=cfg.chunk,
+        overlap=cfg.overlap,
+        beam=CTCBeam(cfg.num_beams, lm_weight=cfg.lm_weight, reward=cfg.lm_reward),
+        score=score,
+    )
+
+
+def _language_model(spec: str, tokenizer: Tokenizer, trust: list[str], device: torch.device) -> Score:
+    """Of an ARPA file, or of a run of `causal_lm` with the tokens of the recogniser.
+
+    Raises:
+        UserError: neither of them, or a run with other tokens.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix != ".ckpt":
+        return WordScore(read_arpa(path), tokenizer, tokenizer.vocab_size)
+    method, own, _ = _loaded(spec, trust, "lm")
+    decoder = getattr(method, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise UserError(f"lm={spec} is a {type(method).__name__}: give a run of causal_lm, or an ARPA file")
+    if own is None or own.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(f"lm={spec} has other tokens than the recogniser: train it with data.tokenizer=<that run>")
+    begin = [x for x in (own.bos if own.bos is not None else own.eos,) if x is not None]
+    return DecoderScore(decoder.to(device), begin)
+
+
+def _trained(spec: str, trust: list[str]) -> tuple[Any, Tokenizer, int]:
+    """A method that writes down speech, its tokenizer, and its sampling rate in Hz."""
+    method, tokenizer, rate = _loaded(spec, trust, "ckpt")
+    hears = hasattr(method, "emissions") or (isinstance(method, Transcribes) and rate is not None)
+    if not hears or rate is None or tokenizer is None:
+        raise UserError(f"ckpt={spec} is a {type(method).__name__}, which writes down no speech: give a run of ctc")
+    if not all(p.isfinite().all() for p in method.parameters()):
+        raise UserError(f"ckpt={spec} has weights that are no numbers, it has diverged: take an earlier checkpoint")
+    return method, tokenizer, int(rate)
+
+
+def _loaded(spec: str, trust: list[str], key: str) -> tuple[Any, Tokenizer | None, Any]:
+    """The method, tokenizer and sampling rate of a run folder or of a checkpoint in one.
+
+    The averaged weights count where there are such.
+    """
     path = Path(spec).expanduser()
     if not path.exists():
-        raise UserError(f"ckpt={spec} does not exist; give the folder of a run with method=ctc, or a .ckpt in one")
+        raise UserError(f"{key}={spec} does not exist; give the folder of a run, or a .ckpt in one")
     folder = run_folder(path)
     if folder is None:
-        raise UserError(f"ckpt={spec}: no config.yaml beside it, so no run wrote it")
+        raise UserError(f"{key}={spec}: no config.yaml beside it, so no run wrote it")
     config = load_config(folder, trust)
     method, base = rebuild(config)
     rate = (config.get("data") or {}).get("sampling_rate")
-    if not hasattr(method, "emissions") or rate is None:
-        raise UserError(f"ckpt={spec} is a {type(method).__name__}, which writes down no speech: give a run of ctc")
     found = path if path.is_file() else checkpoint.find(path)
     if found is None:
-        raise UserError(f"ckpt={spec} has no checkpoint yet: train longer, or give another folder")
+        raise UserError(f"{key}={spec} has no checkpoint yet: train longer, or give another folder")
     try:
         method.load_state_dict(whole(checkpoint.read(found), base, found))
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
-    return Recogniser(fuse_(method), tokenizers.load(folder), int(rate))
+    tokenizer = tokenizers.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return fuse_(method), tokenizer, rate

@@ -1,5 +1,6 @@
 """Word and character error rate of transcripts: edits over the number of words (characters) that were said."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -33,7 +34,10 @@ class WordErrorRate(Common):
         return {"num_beams": self.num_beams, "max_tokens": self.max_tokens, "limit": self.limit}
 
     def run(self, round: Round) -> dict[str, float]:
-        """`wer` and `cer` in percent, above 100 where much is added; as a detail the share of rows without an error.
+        """`wer` and `cer` in percent, above 100 where much is added.
+
+        Details are the share of rows without an error and the real-time factor: seconds that this rank's method took
+        over seconds of sound, batches and their padding as they are, without reading files.
 
         Raises:
             Skip: the test data have no transcripts.
@@ -42,10 +46,17 @@ class WordErrorRate(Common):
         transcripts = getattr(getattr(round.data, "test", None), "transcripts", None)
         if tokenizer is None or transcripts is None:
             raise Skip("the test data have no transcripts: choose e.g. data=speech, data=digits_connected")
-        method = cast(Transcribes, round.method)
+        method, rate = cast(Transcribes, round.method), getattr(round.data, "sampling_rate", None)
+        taken, heard = 0.0, 0.0
 
         def said(batch: Batch) -> Tensor:
-            rows = [row[: self.max_tokens] for row in method.transcribe(batch, num_beams=self.num_beams)]
+            nonlocal taken, heard
+            samples = batch["audio_valid"].sum() if "audio_valid" in batch else batch["audio"].numel()
+            heard += float(samples) / (rate or 1)
+            begin = time.perf_counter()
+            found = method.transcribe(batch, num_beams=self.num_beams)
+            taken += time.perf_counter() - begin
+            rows = [row[: self.max_tokens] for row in found]
             return torch.stack([F.pad(torch.tensor(r), (0, self.max_tokens - len(r)), value=_NONE) for r in rows])
 
         found = round.extract(said, "test", self.limit)
@@ -55,4 +66,7 @@ class WordErrorRate(Common):
             raise Skip("the transcripts of the test data are empty")
         whole = sum(a.split() == b.split() for a, b in zip(told, right, strict=True)) / len(right)
         wer, cer = word_error_rate(told, right), char_error_rate(told, right)
-        return {"wer": 100 * float(wer), "cer": 100 * float(cer), "rows/right": 100 * whole}
+        if rate and heard:
+            round.notes.append(f"{heard:,.0f} s of sound in {taken:,.1f} s, real-time factor {taken / heard:.4f}")
+        values = {"wer": 100 * float(wer), "cer": 100 * float(cer), "rows/right": 100 * whole}
+        return values | ({"time/real_time_factor": taken / heard} if rate and heard else {})

@@ -38,3 +38,23 @@ def in_chunks(emit: Callable[[Tensor], Tensor], audio: Tensor, *, step: int, chu
         if last:
             return torch.cat(parts)
         done, start = start + until, start + kept
+
+
+def at_pauses(audio: Tensor, longest: int, window: int) -> list[tuple[int, int]]:
+    """Cut (S,) into (from, to) of at most `longest` samples, each where the second half of it is quietest.
+
+    Args:
+        audio: (S,).
+        longest: samples of a part.
+        window: samples over which loudness is measured; a cut lies in the middle of the quietest such stretch.
+    """
+    power = torch.nn.functional.pad(audio.double().square().cumsum(0), (1, 0))
+    found, start = [], 0
+    while len(audio) - start > longest:
+        half = start + longest // 2
+        last = max(half + 1, start + longest - window)
+        loud = power[half + window : last + window] - power[half:last]
+        end = min(half + int(loud.argmin()) + window // 2, start + longest)
+        found.append((start, end))
+        start = end
+    return [*found, (start, len(audio))]

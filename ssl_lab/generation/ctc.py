@@ -61,7 +61,8 @@ def beam_search(
     Args:
         log_probs: (T, V).
         beam: width, pruning and weights; `CTCBeam()` by default.
-        score: a language model; asked once for each prefix that is followed.
+        score: a language model; asked once for each prefix that is followed. What a method `end` of it gives of a whole
+            text counts when the frames are over.
         blank: token that says nothing.
 
     Returns:
@@ -101,7 +102,10 @@ def beam_search(
         value = {prefix: _add(*both) + extra[prefix] for prefix, both in found.items()}
         best = sorted((prefix for prefix in value if value[prefix] > _NEVER), key=value.__getitem__, reverse=True)
         alive = {prefix: found[prefix] for prefix in best[: beam.width]}
-    return [(list(prefix), _add(*both) + extra[prefix]) for prefix, both in alive.items()]
+    last = getattr(score, "end", None)
+    ended = {p: 0.0 if last is None else beam.lm_weight * last(p) for p in alive}
+    found_last = [(list(p), _add(*both) + extra[p] + ended[p]) for p, both in alive.items()]
+    return sorted(found_last, key=lambda one: one[1], reverse=True)
 
 
 def align(log_probs: Tensor, tokens: Sequence[int], blank: int = 0) -> list[tuple[int, int]]:
@@ -162,6 +166,14 @@ def pieces(log_probs: Tensor, longest: int, blank: int = 0) -> list[tuple[int, i
     return [*found, (start, len(log_probs))]
 
 
+def times(span: tuple[int, int], seconds: float) -> tuple[float, float]:
+    """Begin and end in seconds of the frames from the first to the last, which are `seconds` apart.
+
+    Frame t lasts from (t + 0.5) to (t + 1.5) of them, as those of `ssl_lab.backbones.conformer.Conformer` do.
+    """
+    return (span[0] + 0.5) * seconds, (span[1] + 1.5) * seconds
+
+
 def words(tokens: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: Decodes, seconds: float) -> list[Word]:
     """Words between blanks of the text, each from its first to its last token.
 
@@ -169,8 +181,7 @@ def words(tokens: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: De
         tokens: of one utterance.
         spans: first and last frame of each.
         tokenizer: makes text of tokens.
-        seconds: from one frame to the next; frame t lasts from (t + 0.5) to (t + 1.5) of them, as those of
-            `ssl_lab.backbones.conformer.Conformer` do.
+        seconds: from one frame to the next, see `times`.
     """
     text, said = Words(tokenizer), list[Word]()
     word, start, end = "", 0, 0
@@ -178,7 +189,7 @@ def words(tokens: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: De
     def close() -> None:
         nonlocal word
         if word:
-            said.append(Word(word, (start + 0.5) * seconds, (end + 1.5) * seconds))
+            said.append(Word(word, *times((start, end), seconds)))
         word = ""
 
     for token, (first, last) in zip(tokens, spans, strict=True):
