@@ -191,7 +191,7 @@ def test_what_the_weights_decide_is_said_and_entered(saved):
     cfg, lines = config("dino", spec), []
     build_method(cfg, 0, lines.append)
     assert lines == [
-        f"encoder: dim 32, depth 2, num_registers 3, num_heads 4, mlp_ratio 2.0, layer_scale, as in {spec}"
+        f"encoder: dim 32, depth 2, num_registers 3, num_heads 4, mlp_ratio 2, layer_scale, as in {spec}"
     ]
     assert (cfg.encoder.dim, cfg.encoder.num_registers, cfg.encoder.block.mlp_ratio) == (32, 3, 2.0)
     again = []
@@ -255,7 +255,7 @@ def test_a_user_who_knows_nothing_of_the_weights_trains_from_them(tmp_path, save
     words += ["baselines=true", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "out=run"]
     assert main(words) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
-    assert f"dim 32, depth 2, patch_size 8, num_heads 4, mlp_ratio 2.0, layer_scale, as in {spec}" in shown
+    assert f"dim 32, depth 2, patch_size 8, num_heads 4, mlp_ratio 2, layer_scale, as in {spec}" in shown
     rows = json.loads(Path("run/metrics.json").read_text())
     subjects = {(row["subject"], row["step"]) for row in rows}
     assert subjects == {("raw pixels", 0), (spec, 0), ("trained", 2)}

@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf, open_dict
 from parity import randomise
 from safetensors.torch import save_file
 from test_parity_text import BERT, GPT2, LLAMA, LLAMA3
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.text import TextEncoder
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
+from ssl_lab.cli.starting import build_method
 from ssl_lab.errors import UserError
 from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
 from ssl_lab.nn.positions import ALiBi
@@ -224,6 +228,29 @@ def test_another_vocabulary_asks_for_the_tokenizer(facts, part, tmp_path):
 def test_another_recipe_says_so(tmp_path):
     with pytest.raises(io.OtherArchitecture, match=r"block\._target_=ssl_lab\.nn\.recipes\.llama_block"):
         text.load(model(GPT2), saved(LLAMA, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "backbone", "facts", "words"),
+    [
+        ("causal_lm", "decoder", "gpt", LLAMA, []),
+        ("seq2seq", "model", "transformer_tiny", T5, ["method.start_token=0", "method.end_token=1"]),
+    ],
+)
+def test_a_run_takes_the_recipe_of_its_weights(method, part, backbone, facts, words, tmp_path):
+    """From the command line nobody repeats widths and blocks: they are entered, said, and fit the next time."""
+    spec, said = saved(facts, tmp_path), []
+    words = [f"method={method}", f"backbone@method.{part}={backbone}", f"method.{part}.vocab_size=37", *words]
+    cfg = compose("train", [*words, "data=captions"], [conf_folder()])
+    node = OmegaConf.create(OmegaConf.to_container(cfg.method, resolve=True))
+    with open_dict(node):
+        node[part].weights = spec
+    built = getattr(build_method(node, 0, said.append), part)
+    theirs = text.read(spec).state
+    assert all(torch.equal(value, theirs[name]) for name, value in built.state_dict().items())
+    assert said[0].startswith(f"{part}: ") and said[0].endswith(f"as in {spec}") and "_partial_" not in said[0]
+    again = []
+    assert build_method(node, 0, again.append) and not again
 
 
 def test_another_kind_of_model(tmp_path):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.saved import run_folder
 from ssl_lab.data import tokenizer
+from ssl_lab.data.conversation_tokenizer import marker_of, spoken
 from ssl_lab.data.module import DataModule
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
@@ -51,10 +52,15 @@ def decided_by_data(node: Any, data: DataModule) -> None:
     for part in _nodes(node):
         if part.get("vocab_size") != 0:
             continue
-        size = getattr(data.views, "vocab_size", None) if data.tokenizer is None else data.tokenizer.vocab_size
+        size = getattr(data.views, "vocab_size", None) if data.tokenizer is None else spoken(data.tokenizer)
         if size is None:
             raise UserError("this method reads text, and the data are none: choose e.g. data=captions or data=text")
         part["vocab_size"] = size
+    for part in _nodes(node):
+        if part.get("image_token") == -1:
+            if data.tokenizer is None:
+                raise UserError("this method reads images in a text: choose e.g. data=shapes_questions")
+            part["image_token"] = marker_of(data.tokenizer)
     if node.get("start_token") == -1 and (words := data.tokenizer) is not None:
         known = (x for x in (words.pad, words.bos, words.eos) if x is not None)
         node["start_token"] = next(known, 0)
@@ -77,11 +83,17 @@ def require_tokenizer(node: Any, data: DataModule) -> None:
         weights = part.get("weights")
         if not reads_text or not isinstance(weights, str) or (folder := _tokenizer_beside(weights)) is None:
             continue
-        if tokenizer.load(folder).backend.get_vocab() != data.tokenizer.backend.get_vocab():
+        if _words(tokenizer.load(folder)) != _words(data.tokenizer):
             raise UserError(
                 f"{weights} knows the words of its own tokenizer, and data.tokenizer is another: set "
                 f"data.tokenizer={folder}"
             )
+
+
+def _words(known: tokenizer.Tokenizer) -> dict[str, int]:
+    """The vocabulary but for a marker of images, which may be added to any."""
+    marker = known.config.get("image_token")
+    return {name: i for name, i in known.backend.get_vocab().items() if name != marker}
 
 
 def _tokenizer_beside(weights: str) -> Path | None:
@@ -121,21 +133,37 @@ def _adopt(node: DictConfig, other: io.OtherArchitecture) -> str | None:
     """
     arguments = other.arguments
     block = arguments.get("block", {})
-    for place in ("encoder", "image.backbone", "text.backbone"):
-        encoder = OmegaConf.select(node, place)
-        if not isinstance(encoder, DictConfig) or not str(other).startswith(f"{encoder.get('weights')} does not fit"):
+    for place, part in _parts(node):
+        if not str(other).startswith(f"{part.get('weights')} does not fit"):
             continue
-        if "in_chans" in arguments or (block and not isinstance(encoder.get("block"), DictConfig)):
+        if "in_chans" in arguments:
+            return None
+        whole = "_target_" in block  # a language model's recipe; of a ViT's, what differs
+        if block and not whole and not isinstance(part.get("block"), DictConfig):
             return None
         with open_dict(node):
             for name, value in arguments.items():
                 if name != "block":
-                    encoder[name] = value
-            for name, value in block.items():
-                encoder.block[name] = value
-        told = (_told(name.removeprefix("block."), value) for name, value in io.flat(arguments).items())
-        return f"{place}: {', '.join(told)}, as in {encoder.weights}"
+                    part[name] = value
+            if whole:
+                part.block = block
+            else:
+                for name, value in block.items():
+                    part.block[name] = value
+        facts = arguments if whole else io.flat(arguments)
+        told = (_told(name.removeprefix("block."), value) for name, value in facts.items())
+        return f"{place}: {', '.join(told)}, as in {part.weights}"
     return None
+
+
+def _parts(node: DictConfig, place: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every part of a method that begins from weights, and where it is."""
+    for name, value in node.items():
+        if isinstance(value, DictConfig):
+            below = f"{place}.{name}" if place else str(name)
+            if isinstance(value.get("weights"), str):
+                yield below, value
+            yield from _parts(value, below)
 
 
 def _adopt_towers(node: DictConfig, other: io.OtherArchitecture) -> str | None:
@@ -151,5 +179,9 @@ def _adopt_towers(node: DictConfig, other: io.OtherArchitecture) -> str | None:
 def _told(name: str, value: Any) -> str:
     if name == "layer_scale" and value is not None:
         return name  # how much, the weights say
+    if isinstance(value, dict) and "_target_" in value:
+        value = value["_target_"].rpartition(".")[2]
+    if isinstance(value, float):
+        value = f"{value:.3g}"
     word = "yes" if isinstance(value, dict) or value is True else "no" if value in (None, False) else str(value)
     return f"{name} {word}"
