@@ -160,7 +160,7 @@ def _parts(node: DictConfig, place: str = "") -> Iterator[tuple[str, DictConfig]
     """Every part of a method that begins from weights, and where it is."""
     for name, value in node.items():
         if isinstance(value, DictConfig):
-            below = f"{place}.{name}" if place else str(name)
+            below = ".".join(filter(None, (place, str(name))))
             if isinstance(value.get("weights"), str):
                 yield below, value
             yield from _parts(value, below)
