@@ -20,6 +20,8 @@ class Batch(TypedDict, total=False):
     """Named tensors of one training or evaluation batch; a method reads the keys it needs."""
 
     image: Tensor  # (B, C, H, W) float, normalised
+    images: Tensor  # (N, C, H, W) float, normalised: of all conversations, in order of appearance
+    image_rows: Tensor  # (N,) int64 row of `tokens` that each of `images` belongs to
     views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
     audio: Tensor  # (B, S) float32 mono samples in about [-1, 1], zeros at the end
     audio_valid: Tensor  # (B, S) bool, False = padding
@@ -127,6 +129,18 @@ class Translates(Protocol):
 
     def translate(self, batch: Batch, eos: int, *, num_beams: int, alpha: float, max_tokens: int) -> Tensor:
         """(B, T) int64, T <= max_tokens: for each source the best sequence found, `eos` from its end on."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A method that answers questions about images: VQA."""
+
+    def answer(self, batch: Batch, end: int, *, max_tokens: int) -> Tensor:
+        """(B, T) int64, T <= max_tokens: the likeliest words in the place of a row's first answer, `end` from its end.
+
+        The first answer of `labels` is where the prompt stops; nothing of it is seen.
+        """
         ...
 
 

@@ -41,6 +41,7 @@ READERS = {  # of what neither images give nor a method chooses by itself
     **{("data", name): method for name, method in [("sst2", "text_classification"), ("multi30k", "seq2seq")]},
     ("data", "xquad"): "span_qa",
     ("data", "cifar10_pixels"): "causal_lm",
+    **{("data", name): "llava" for name in ("easy_vqa", "image_captions", "image_classes", "conversations")},
     ("views", "pixels"): "causal_lm",
 }
 SOUND = ("tones", "tones_sequences", "digits", "digits_connected", "audio", "speech", "audio_whole")

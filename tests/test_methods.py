@@ -20,8 +20,8 @@ METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").
 # A gain of 1e-5 opens over thousands of steps; these tests have dozens.
 SMALL = {
     "layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32,
-    "vocab_size": 64, "max_length": 16, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
-    "sampling_rate": 8000, "num_mels": 16,
+    "vocab_size": 64, "max_length": 32, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
+    "sampling_rate": 8000, "num_mels": 16, "image_token": 5,
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
     tokens, labels = torch.randint(8, vocab_size, (2, size, length), generator=generator)
     target = torch.arange(size) % 4
     tokens = torch.where(torch.rand(size, length, generator=generator) < 0.3, target[:, None] + 1, tokens)
+    tokens[:, 0] = SMALL["image_token"]  # of no class, and drawn nowhere else
     at = torch.arange(length).expand(size, length)
     valid = at < length - torch.arange(size)[:, None] % 5
     second = (at >= length // 2).long()
@@ -75,7 +76,7 @@ def batch(size: int = 8) -> Batch:
     image = image + 0.1 * torch.randn(size, 3, 32, 32, generator=generator)
     views = [image + 0.1 * torch.randn(image.shape, generator=generator) for _ in range(2)]
     return (
-        Batch(image=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size))
+        Batch(image=image, images=image, views=views, target=torch.arange(size) % 4, index=torch.arange(size))
         | sound(size)
         | text(size)
     )

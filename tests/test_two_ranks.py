@@ -32,7 +32,8 @@ def made(name: str) -> Method:
 def joined() -> Batch:
     g = torch.Generator().manual_seed(2)
     images = [torch.randn(SIZE, 3, SMALL["size"], SMALL["size"], generator=g, dtype=torch.float64) for _ in range(3)]
-    batch = Batch(image=images[0], views=images[1:], target=torch.arange(SIZE) % 4, index=torch.arange(SIZE))
+    batch = Batch(image=images[0], images=images[0], views=images[1:])
+    batch |= Batch(target=torch.arange(SIZE) % 4, index=torch.arange(SIZE))
     texts = text(SIZE)
     texts["labels"][SIZE // 2 :, ::2] = -100  # the second rank has fewer tokens to score
     sounds = sound(SIZE)

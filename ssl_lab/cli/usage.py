@@ -86,7 +86,7 @@ def _verb(verb: str, folders: list[Path]) -> str:
     ]
     if verb != "list":
         root = catalog.root(verb)
-        nested = [g for g in ("backbone", "views") if "method" in root.groups]
+        nested = [g for g in ("backbone", "connector", "views") if "method" in root.groups]
         lines = [
             f"{group:<12}{', '.join(found)}{_note(group, root.groups)}"
             for group in [*root.groups, *nested]

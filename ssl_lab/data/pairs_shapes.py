@@ -1,7 +1,7 @@
 """The shapes world with captions, and combinations of shape and colour that training never shows."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_lab.data.pairs_text import Captioned, CaptionEncoder
 from ssl_lab.data.shapes_layout import COLORS, SHAPES, Layout, layout
 from ssl_lab.data.shapes_render import render
-from ssl_lab.data.shapes_words import describe
+from ssl_lab.data.shapes_words import Scene, describe
 from ssl_lab.data.source import Samples
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
@@ -96,6 +96,11 @@ class ShapesPairs:
         """All captions of each of these rows."""
         return [self._captions[row] for row in rows]
 
+    def questions(self, rows: Sequence[int]) -> list[list[tuple[str, str]]]:
+        """All questions about each of these scenes, with their answers."""
+        index = _scenes(self._seed, self._split, self.length)[list(rows)]
+        return [scene.questions for scene in _described(self._seed, index)]
+
     @cached_property
     def _captions(self) -> list[list[str]]:
         return captions(self._seed, _scenes(self._seed, self._split, self.length))
@@ -125,14 +130,16 @@ def train_captions(length: int, seed: int = 0) -> list[str]:
 
 def captions(seed: int, index: Tensor) -> list[list[str]]:
     """Captions of the scenes `index` (N,) int64 of a world."""
-    found = []
+    return [scene.captions for scene in _described(seed, index)]
+
+
+def _described(seed: int, index: Tensor) -> Iterator[Scene]:
     for part in index.split(_CHUNK):
         scenes = layout(seed, part, 1)  # pictures of one pixel: only their words are used
         columns = {f.name: getattr(scenes, f.name) for f in fields(Layout)}
         for i in range(len(part)):
             one = Layout(**{name: values[i : i + 1] for name, values in columns.items()})
-            found.append(describe(one.noise[0], one).captions)
-    return found
+            yield describe(one.noise[0], one)
 
 
 def _world(seed: int, split: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.backbones.speech_transformer import SpeechTransformer
@@ -78,7 +78,7 @@ def stream(
     """
     tokens, valid, new = prepare(model, prompts, max_new_tokens, pad)
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
-    return _steps(
+    return continued(
         model,
         stepper(model, start=start, cache=cache, compact=compact),
         tokens,
@@ -123,7 +123,7 @@ def prepare(
     return tokens, valid, max_new_tokens
 
 
-def first_read(model: LanguageModel, tokens: Tensor, start: int) -> Tensor:
+def first_read(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
     """Tokens (B, L) int64 that a decoder has read when it begins: the prompt, or the start token after a source."""
     if not isinstance(model, EncoderDecoder):
         return tokens
@@ -131,7 +131,7 @@ def first_read(model: LanguageModel, tokens: Tensor, start: int) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards what was before."""
     before = model.training
     model.eval()
@@ -142,8 +142,8 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _steps(
-    model: LanguageModel,
+def continued(
+    model: nn.Module,
     steps: Stepper,
     tokens: Tensor,
     valid: Tensor | None,
@@ -151,10 +151,24 @@ def _steps(
     sampling: Sampling,
     eos: tuple[int, ...],
     fill: tuple[int, int],
+    seen: Tensor | None = None,
 ) -> Iterator[Tensor]:
+    """What `stream` yields, by a stepper of one's own; arguments are those that it prepares.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        steps: gives the scores.
+        tokens: (B, L) prompts.
+        valid: (B, L), False on the left.
+        new: tokens at most.
+        sampling: how a token is chosen.
+        eos: ids that end a text.
+        fill: what fills rows, and what a target begins with.
+        seen: (B, L) what processors take for the prompts; None = what the model reads first.
+    """
     pad, start = fill
-    seen = first_read(model, tokens, start)
-    if valid is not None and seen is tokens:
+    seen = first_read(model, tokens, start) if seen is None else seen
+    if valid is not None and seen.shape == tokens.shape:
         seen = seen.masked_fill(~valid, PADDING)
     processors = sampling.processors(seen.shape[1], eos)
     generator = sampling.generator(tokens.device)

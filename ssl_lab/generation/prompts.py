@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -65,13 +66,9 @@ def chat(messages: Sequence[Mapping[str, str]], config: Mapping[str, Any], *, an
         template = named.get("default")
     if not template:
         raise UserError("the tokenizer has no chat_template: give chat=false, or weights that were tuned for chat")
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     tokens = {name: _text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=list(messages),
             add_generation_prompt=answer,
             raise_exception=_refuse,
@@ -80,6 +77,15 @@ def chat(messages: Sequence[Mapping[str, str]], config: Mapping[str, Any], *, an
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template of the tokenizer fails: {str(error).splitlines()[0]}") from None
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    return environment.from_string(template)
 
 
 def _refuse(message: str) -> None:

@@ -1,0 +1,113 @@
+"""Conversations about images, as a source that the one data module reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_lab.data.conversation_text import ConversationEncoder, Message
+from ssl_lab.data.source import Samples, Source
+from ssl_lab.data.tokenizer import Tokenizer
+from ssl_lab.errors import UserError
+from ssl_lab.rng import fold
+
+_TRIES = 16  # conversations that are tried for one whose image is unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation about images, by their rows in a source; `answers` are all that count for its first question."""
+
+    images: tuple[int, ...]
+    messages: tuple[Message, ...]
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Talks:
+    """What the views take: `images` of all conversations in order, as in `Samples`, and how many each one has."""
+
+    images: Any
+    counts: list[int]
+    messages: list[tuple[Message, ...]]
+    encode: ConversationEncoder
+
+
+class Conversations:
+    """Conversations about the images of a source; `Samples.data` is a `Talks`.
+
+    One with an unreadable image is replaced by another one as a whole, which depends on its row alone.
+
+    Args:
+        images: where images are read from; None = no conversation has one.
+        dialogues: the conversations.
+        encode: makes tokens of them.
+        origin: names them in messages.
+
+    Raises:
+        UserError: no conversation, or one with another number of markers than images.
+    """
+
+    unit = "conversations"
+
+    def __init__(
+        self, images: Source | None, dialogues: Sequence[Dialogue], encode: ConversationEncoder, *, origin: str = "data"
+    ) -> None:
+        self.images, self.dialogues, self.encode = images, dialogues, encode
+        self.classes: list[str] = []
+        if not dialogues:
+            raise UserError(f"{origin} holds no conversation")
+        for row, one in enumerate(dialogues):
+            marks = sum(message["content"].count(encode.marker) for message in one.messages)
+            if marks != len(one.images):
+                raise UserError(
+                    f"{origin} row {row}: {encode.marker} stands {marks} times in the conversation, which has "
+                    f"{len(one.images)} images: write it once for each image"
+                )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of all that is said."""
+        return self.encode.tokenizer
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def question(self, row: int) -> tuple[str, tuple[str, ...]]:
+        """The first question of a conversation, without markers, and all answers that count as right."""
+        one = self.dialogues[row]
+        asked = next(message["content"] for message in one.messages if message["role"] == "user")
+        said = next(message["content"] for message in one.messages if message["role"] == "assistant")
+        return asked.replace(self.encode.marker, "").strip(), one.answers or (said,)
+
+    def read(self, rows: Sequence[int]) -> Samples:
+        """Conversations with their images; there are no classes."""
+        used = list(rows)
+        for attempt in range(_TRIES):
+            found, bad = self._images(used)
+            if not bad:
+                break
+            used = [fold(row, attempt) % len(self) if row in bad else row for row in used]
+        else:
+            raise UserError("no conversation was found whose images can be read: check the paths of the images")
+        chosen = [self.dialogues[row] for row in used]
+        talks = Talks(found, [len(one.images) for one in chosen], [one.messages for one in chosen], self.encode)
+        return Samples(talks, torch.full((len(used),), -1), torch.tensor(used, dtype=torch.int64))
+
+    def _images(self, rows: Sequence[int]) -> tuple[Any, set[int]]:
+        """Images of these conversations in order, and the conversations of which one is unreadable."""
+        wanted = [image for row in rows for image in self.dialogues[row].images]
+        if not wanted:
+            return torch.empty(0, 3, 1, 1, dtype=torch.uint8), set()
+        assert self.images is not None
+        samples = self.images.read(wanted)
+        good = samples.rows == torch.tensor(wanted)
+        owners = [row for row in rows for _ in self.dialogues[row].images]
+        return samples.data, {owner for owner, fine in zip(owners, good.tolist(), strict=True) if not fine}
+
+
+def image_rows(counts: Sequence[int]) -> Tensor:
+    """(N,) int64: the conversation that each image belongs to."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts), dtype=torch.int64))

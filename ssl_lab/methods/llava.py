@@ -1,0 +1,126 @@
+"""LLaVA (arXiv:2304.08485, arXiv:2310.03744): an image encoder and a language model, joined by what learns first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssl_lab.backbones.vlm import PARTS, Part, VisionLanguage
+from ssl_lab.errors import UserError
+from ssl_lab.generation.seeing import stream_seen
+from ssl_lab.losses.experts import with_experts
+from ssl_lab.losses.lm import IGNORE, mean_over_tokens, token_nll
+from ssl_lab.methods.base import Method
+from ssl_lab.nn.experts import balance_
+from ssl_lab.train import checkpoint
+from ssl_lab.train.base import KEY as BASE
+from ssl_lab.types import Batch, Step
+from ssl_lab.weights import io
+
+Stage = Literal["align", "instruct"]
+LEARNS: dict[Stage, tuple[Part, ...]] = {"align": ("connector",), "instruct": ("connector", "decoder")}
+
+
+class LLaVA(Method):
+    """Mean cross-entropy of the answers' tokens.
+
+    Parts that do not learn hold no gradient and no optimizer state, and drop nothing.
+
+    Args:
+        model: image encoder, connector and decoder.
+        stage: "align" trains the connector, "instruct" the decoder too.
+        train: the parts that learn, instead of what the stage says: vision, connector, decoder.
+        weights: begin from a run of this method: its run folder or a checkpoint in it.
+
+    Raises:
+        UserError: unknown parts, or weights of another connector, image encoder or decoder.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguage,
+        *,
+        stage: Stage = "instruct",
+        train: Sequence[Part] | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if stage not in LEARNS:
+            raise UserError(f"stage={stage}: take {' or '.join(LEARNS)}")
+        learns = LEARNS[stage] if train is None else tuple(train)
+        if not learns or not set(learns) <= set(PARTS):
+            raise UserError(f"train={list(learns)}: name some of {', '.join(PARTS)}")
+        self.model, self.stage = model, stage
+        if weights is not None:
+            load(model, weights)
+        model.freeze(*(part for part in PARTS if part not in learns))
+
+    def step(self, batch: Batch, progress: float) -> Step:
+        nll, labels = self._nll(batch)
+        return with_experts(mean_over_tokens(nll, labels), self.model.decoder)
+
+    def after_step(self, progress: float) -> None:
+        balance_(self.model.decoder)
+
+    def nll(self, batch: Batch) -> Tensor:
+        """Nats (B, L') float32 of every label, L' with the tokens of the images; 0 where none is scored."""
+        return self._nll(batch)[0]
+
+    def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        encoded, labels = self.model(
+            batch["tokens"],
+            batch.get("images"),
+            valid=batch.get("valid"),
+            segments=batch.get("segments"),
+            labels=batch["labels"],
+        )
+        assert labels is not None
+        return token_nll(encoded.tokens, self.model.decoder.head_weight, labels), labels
+
+    def answer(self, batch: Batch, end: int, *, max_tokens: int) -> Tensor:
+        """(B, T) int64, T <= max_tokens: the likeliest first answer of each row; see `ssl_lab.types.Answers`.
+
+        Raises:
+            UserError: a row without an answer to stop at, or packed rows.
+        """
+        tokens, scored = batch["tokens"], batch["labels"] != IGNORE
+        if "segments" in batch:
+            raise UserError("answers are asked for row by row: set data.eval_views.pack=null")
+        if not bool(scored.any(1).all()):
+            raise UserError("a conversation has no answer that is left: set data.max_length higher")
+        prompts = [row[: int(first) + 1] for row, first in zip(tokens, scored.long().argmax(1), strict=True)]
+        counts = torch.stack([(row == self.model.image_token).sum() for row in tokens]).tolist()
+        asked = [int((row == self.model.image_token).sum()) for row in prompts]
+        visual = self.model.see(batch["images"]) if sum(asked) else None
+        if visual is not None and asked != counts:  # images that come up after the first answer
+            starts = [sum(counts[:i]) for i in range(len(counts))]
+            visual = visual[[start + k for start, count in zip(starts, asked, strict=True) for k in range(count)]]
+        steps = stream_seen(self.model, prompts, visual, max_new_tokens=max_tokens, eos=end, pad=end)
+        return torch.stack(list(steps), 1)
+
+
+def load(model: VisionLanguage, spec: str) -> None:
+    """Fill all parts from a run of `LLaVA`; frozen ones that its checkpoint leaves out stay as they are.
+
+    Raises:
+        UserError: no such run, or parts of another kind or size; the message names the part.
+    """
+    path = Path(spec).expanduser()
+    found = checkpoint.find(path) if path.exists() else None
+    if found is None:
+        raise UserError(f"weights={spec}: no run folder with a checkpoint, and no .ckpt: give a run of llava")
+    content = checkpoint.read(found)
+    state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    if not any(key.startswith("connector.") for key in state):
+        raise UserError(f"{spec} is no run of llava: it has no connector")
+    for part in PARTS:
+        theirs = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        if not theirs and BASE in content:
+            continue
+        if problems := io.differences(model.get_submodule(part).state_dict(), theirs):
+            raise UserError(
+                f"{spec} has another {part}: {'; '.join(problems[:3])}; set method.model.{part} as in its config.yaml"
+            )
+        model.get_submodule(part).load_state_dict(theirs)
