@@ -42,7 +42,7 @@ def _from_hf(backbone: Wav2Vec2, name: str) -> State:
         place = "pre" if config.do_stable_layer_norm else "post"
         raise UserError(f"hf:{name} has its norms elsewhere: set method.encoder.block.place={place}")
     facts: dict[str, tuple[Any, Any]] = {
-        "strides": (list(config.conv_stride), [conv.stride[0] for conv in ours.convs]),  # type: ignore[index, union-attr]
+        "strides": (list(config.conv_stride), [conv.stride[0] for conv in ours.convs]),  # type: ignore[index]
         "heads": (config.num_attention_heads, io.num_heads(backbone)),
         "activation": (config.hidden_act, "gelu"),
         "activation of features": (config.feat_extract_activation, "gelu"),
