@@ -21,7 +21,7 @@ METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").
 SMALL = {
     "layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32,
     "vocab_size": 64, "max_length": 32, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
-    "sampling_rate": 8000, "num_mels": 16, "image_token": 5,
+    "sampling_rate": 8000, "num_mels": 16, "channels": 16, "image_token": 5,
 }  # fmt: skip
 
 
