@@ -22,6 +22,7 @@ from ssl_lab.nn.prefix import Prefixes
 from ssl_lab.nn.prompt import Prompts
 from ssl_lab.nn.recipes import llama_block, t5_block
 from ssl_lab.nn.tuning import Partial, added, networks, share
+from ssl_lab.train.base import Base
 from ssl_lab.train.optim import Optim
 
 WORDS = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -83,7 +84,7 @@ def test_the_network_stays_and_what_is_tuned_learns(name, kind):
     method = made(name)
     before, state = output(name, method.encoder).detach(), copy.deepcopy(method.state_dict())
     torch.manual_seed(1)
-    assert KINDS[kind]()(method) == ["encoder"]
+    assert KINDS[kind]()(method) == {"encoder": "encoder"}
     assert method.head.weight.requires_grad
     after = output(name, method.encoder)
     assert after.shape == before.shape
@@ -207,10 +208,16 @@ def test_every_network_of_a_method_and_what_follows_it():
     method.student = method.encoder
     method.encoder = follower(method.student)
     assert networks(method) == ["student"]
-    assert LoRA(rank=2)(method) == ["student", "encoder"]
+    parts = LoRA(rank=2)(method)
+    assert parts == {"student": "student", "encoder": "student"}
     here, there = dict(method.student.named_parameters()), dict(method.encoder.named_parameters())
     assert here.keys() == there.keys() and not any(p.requires_grad for p in there.values())
     assert all(torch.equal(here[n], there[n]) for n in here)
+    base = Base(method, parts)
+    lean = base.left_out({"state_dict": method.state_dict()})
+    assert {n for n in lean["state_dict"] if "encoder" in n} == {f"encoder.{n}" for n in there if "lora" in n}
+    back = base.put_back(lean, "here")["state_dict"]
+    assert back.keys() == method.state_dict().keys()
 
 
 def test_timm_networks_take_low_rank_updates():
@@ -248,7 +255,7 @@ def test_mistakes_are_told_with_the_names_there_are():
         Adapters(after=["cross"])(made("vit"))
     with pytest.raises(UserError, match="has no backbone; its parts: encoder, head"):
         LoRA(parts=["backbone"])(made("vit"))
-    with pytest.raises(UserError, match="tuning.also: nothing fits 'gamma'"):
+    with pytest.raises(UserError, match=r"tuning\.also: nothing fits 'gamma'"):
         Prefixes(also=["gamma"])(made("vit"))
     with pytest.raises(UserError, match="has 2 blocks"):
         Partial(last_blocks=3)(made("vit"))
@@ -261,7 +268,8 @@ def test_the_share_is_told():
     LoRA(rank=2)(method)
     count = sum(p.numel() for p in method.parameters())
     learns = 2 * 2 * 2 * 2 * 32 + 33 * 3
-    assert share(method) == f"trains {learns / 1e6:.3g} M of {count / 1e6:.3g} M parameters, {100 * learns / count:.2g} %"
+    told = f"trains {learns / 1e6:.3g} M of {count / 1e6:.3g} M parameters, {100 * learns / count:.2g} %"
+    assert share(method) == told
 
 
 def test_no_gradient_of_a_frozen_weight_is_made():

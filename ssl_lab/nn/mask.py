@@ -32,6 +32,8 @@ class AttnMask:
             global attention), as far as the other conditions allow.
         chunk: under `causal`, positions stand in groups of so many that see each other whole: a position sees its own
             group and earlier ones (streaming speech recognition, arXiv:2012.05481).
+        asked: (B, L) integer ids of queries, where these are other positions than the keys (cross-attention): a query
+            sees the keys whose `segments` have its id, which may be none.
         free: so many positions at the very beginning are seen by all (under `causal` by those that follow), whatever
             else holds; see `after`.
     """
@@ -43,6 +45,7 @@ class AttnMask:
     window: int | None = None
     everyone: Tensor | None = None
     chunk: int | None = None
+    asked: Tensor | None = None
     free: int = 0
 
     def after(self, count: int) -> "AttnMask":
@@ -73,7 +76,7 @@ class AttnMask:
     @property
     def may_be_empty(self) -> bool:
         """A query may see nobody: only padding hides a position from itself."""
-        return self.valid is not None
+        return self.valid is not None or self.asked is not None
 
     def dense(self, L: int, S: int, device: torch.device | str) -> Tensor | None:
         """(B | 1, 1, 1 | L, S) bool, True = may attend; None when all may.
@@ -109,7 +112,8 @@ class AttnMask:
             conditions.append(self.valid[:, None, None, -S:])
         if self.segments is not None:
             seen = self.segments[:, -S:]
-            conditions.append(seen[:, None, -L:, None] == seen[:, None, None])
+            own = seen[:, -L:] if self.asked is None else self.asked
+            conditions.append(own[:, None, :, None] == seen[:, None, None])
         if self.free:
             return _all(conditions) | self._first(q, k)[None, None]
         return _all(conditions)
@@ -143,7 +147,8 @@ class AttnMask:
             if valid is not None:
                 ok = ok & valid[b, k]
             if segments is not None:
-                ok = ok & (segments[b, q] == segments[b, k])
+                own = segments[b, q] if self.asked is None else self.asked[b, q - (S - L)]
+                ok = ok & (own == segments[b, k])
             return ok | self._first(q, k) if self.free else ok
 
         return allowed

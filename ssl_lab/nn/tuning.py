@@ -29,13 +29,17 @@ class Tuning:
     parts: Sequence[str] | None = None
     also: Sequence[str] = ()
 
-    def __call__(self, method: nn.Module) -> list[str]:
-        """Change `method` in place; gives the paths of the networks that were changed, followers included.
+    def __call__(self, method: nn.Module) -> dict[str, str]:
+        """Change `method` in place.
+
+        Gives the paths of what keeps its starting weights, each with the path of the network whose parameters say
+        which: those that were tuned themselves, for a follower the network that it follows, and frozen neighbours
+        inside of the same whole, such as the image encoder beside a tuned decoder.
 
         Raises:
             UserError: no such part, or a pattern that fits nothing.
         """
-        done = []
+        done: dict[str, str] = {}
         for path in networks(method) if self.parts is None else self.parts:
             network = _part(method, path)
             twins = [name for name, other in method.named_modules() if _follows(other, network)]
@@ -43,10 +47,15 @@ class Tuning:
             for parameter in _named(network, self.also, "tuning.also"):
                 parameter.requires_grad_()
             self.change(network, path)
+            done[path] = path
             for name in twins:
                 parent, _, child = name.rpartition(".")
                 setattr(method.get_submodule(parent), child, follower(network))
-            done += [path, *twins]
+                done[name] = path
+        for path in list(done):
+            if whole := path.rpartition(".")[0]:
+                around = [f"{whole}.{name}" for name, _ in method.get_submodule(whole).named_children()]
+                done |= {name: name for name in around if name not in done and _frozen(method.get_submodule(name))}
         return done
 
     def change(self, network: nn.Module, path: str) -> None:
@@ -87,6 +96,8 @@ class Partial(Tuning):
 def networks(method: nn.Module) -> list[str]:
     """Paths of the networks that a method trains: each tower that is not frozen, else its one network.
 
+    Of a language model that sees it is the decoder.
+
     Raises:
         UserError: there is none.
     """
@@ -94,8 +105,8 @@ def networks(method: nn.Module) -> list[str]:
     if isinstance(towers, nn.ModuleDict):
         return [f"towers.{name}.backbone" for name, tower in towers.items() if not getattr(tower, "frozen", False)]
     for name in ("student", "encoder", "decoder", "model"):
-        if isinstance(method._modules.get(name), nn.Module):
-            return [name]
+        if (network := method._modules.get(name)) is not None:
+            return [f"{name}.decoder" if hasattr(network, "vision") else name]
     raise UserError(f"{type(method).__name__} does not say what to tune: set tuning.parts=[<path of a network>]")
 
 
@@ -142,6 +153,11 @@ def _part(method: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         there = ", ".join(name for name, _ in method.named_children())
         raise UserError(f"tuning.parts: {type(method).__name__} has no {path}; its parts: {there}") from None
+
+
+def _frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _follows(other: nn.Module, network: nn.Module) -> bool:

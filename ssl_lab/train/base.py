@@ -19,18 +19,18 @@ class Base:
 
     Args:
         method: with its starting weights, its networks tuned.
-        parts: paths of these networks; see `ssl_lab.nn.tuning`.
+        parts: path of a network -> path of the one whose parameters tell which of its are frozen; see
+            `ssl_lab.nn.tuning.Tuning`.
         weights: where they came from, for people.
     """
 
-    def __init__(self, method: nn.Module, parts: Sequence[str], weights: Sequence[str] = ()) -> None:
-        inside = tuple(f"{part}." for part in parts)
-        learns = {id(p) for p in method.parameters() if p.requires_grad}
-        self.tensors: dict[str, Tensor] = {
-            name: value.detach()
-            for name, value in method.state_dict(keep_vars=True).items()
-            if isinstance(value, nn.Parameter) and id(value) not in learns and name.startswith(inside)
-        }
+    def __init__(self, method: nn.Module, parts: Mapping[str, str], weights: Sequence[str] = ()) -> None:
+        state = method.state_dict()
+        self.tensors: dict[str, Tensor] = {}
+        for part, model in parts.items():
+            for name, value in method.get_submodule(model).named_parameters(remove_duplicate=False):
+                if not value.requires_grad:
+                    self.tensors[f"{part}.{name}"] = state[f"{part}.{name}"]
         self.weights, self.sha256 = list(weights), checksum(self.tensors)
 
     def left_out(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
