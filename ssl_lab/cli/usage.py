@@ -11,9 +11,11 @@ VERBS = {
     "train": "train a method; the verb may be left out",
     "evaluate": "judge the features of a checkpoint or of imported weights",
     "generate": "text from a language model: a run, or imported weights",
+    "chat": "questions about pictures, to a run that sees and speaks",
     "transcribe": "what is said in sound files, by a run of speech recognition",
     "export": "write a checkpoint as timm, Hugging Face or plain safetensors weights",
     "bench": "time training steps, alone or beside other libraries",
+    "plan": "parameters, FLOPs, memory, time and cost of a run before it starts",
     "tokenizer": "train a tokenizer, and say how many bytes a token holds",
     "list": "experiments, methods, backbones and data sets to choose from",
     "shards": "write a data set of images, with or without captions, as .tar shards",
@@ -31,12 +33,20 @@ EXAMPLES = {
         'ssl-lab generate ckpt=runs/causal_lm/0 prompt="a small red" temperature=0.8 seed=1',
         'ssl-lab generate ckpt=gguf:model.gguf chat=true prompt="What is the capital of France?" temperature=0',
     ],
+    "chat": [
+        'ssl-lab chat ckpt=runs/llava_shapes/0 image=picture.png prompt="what shape is the largest object?"',
+        "ssl-lab chat ckpt=runs/llava_shapes/0 image=picture.png",
+    ],
     "transcribe": [
         "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=recording.wav words=true",
         "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=/my/recordings num_beams=8",
     ],
     "export": ["ssl-lab export ckpt=runs/quickstart/0/checkpoints/last.ckpt to=timm"],
     "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
+    "plan": [
+        "ssl-lab plan experiment=quickstart",
+        "ssl-lab plan experiment=mae_in1k data=shapes data.image_size=224 rows=1281167 gpu=h100 devices=64",
+    ],
     "tokenizer": [
         "ssl-lab tokenizer data.path=my.txt vocab_size=8192 out=tokenizers/mine",
         "ssl-lab tokenizer data.path=/my/parquet data.column=[en,de] kind=wordpiece",

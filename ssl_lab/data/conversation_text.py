@@ -41,6 +41,7 @@ class ConversationEncoder:
 
     Attributes:
         image: id of the marker.
+        end: id that ends an answer.
         cut: conversations that were too long so far, in this process.
 
     Raises:
@@ -64,7 +65,7 @@ class ConversationEncoder:
         self.max_length, self.system, self.cut = max_length, system, 0
         chosen = {} if template is None else {"chat_template": TEMPLATES.get(template, template)}
         self._config = self.tokenizer.config | chosen
-        self.end = self([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).labels[-1]
+        self.end: int = self([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).labels[-1]
         self.cut = 0
 
     def __call__(self, messages: Sequence[Message]) -> Encoded:
@@ -78,6 +79,8 @@ class ConversationEncoder:
         for tokens, counts in zip(self.tokenizer.encode_batch([text for text, _ in pieces]), pieces, strict=True):
             ids += tokens
             scored += [counts[1]] * len(tokens)
+        last = len(scored) - scored[::-1].index(True)  # what the template writes behind the last answer is of no use
+        ids, scored = ids[:last], scored[:last]
         labels = [new if counts else IGNORE for new, counts in zip(ids[1:], scored[1:], strict=True)]
         if self.image in labels:
             raise UserError(f"an answer contains {self.marker}, which nobody can say: take it out of the data")

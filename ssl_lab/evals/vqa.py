@@ -14,7 +14,7 @@ from ssl_lab.evals.base import Common, Round, Skip
 from ssl_lab.types import Answers, Batch
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_MARKS = re.compile(r"[^\w\s'/:-]|(?<!\d)[.,]|[.,](?!\d)")
+_MARKS = re.compile(r"[^\w\s'/:.,-]|(?<!\d)[.,]|[.,](?!\d)")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(i) for i, word in enumerate(_WORDS)} | {"none": "0"}
 
