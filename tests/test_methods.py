@@ -24,6 +24,8 @@ SMALL = {
     "sampling_rate": 8000, "num_mels": 16, "channels": 16, "image_token": 5,
 }  # fmt: skip
 
+FROM_SCRATCH = {"flamingo": {"train": ["connector", "vision", "decoder"]}}  # here it cannot lean on a trained model
+
 
 def shrink(node: Any) -> Any:
     """The same recipe at toy size: widths, depths and whatever else is large."""
@@ -38,7 +40,11 @@ def build(name: str, seed: int = 0) -> Method:
     cfg = compose("train", [f"method={name}"], [conf_folder()])  # with the data that it chooses itself
     small = shrink(OmegaConf.to_container(cfg.method, resolve=True))
     torch.manual_seed(seed)
-    return instantiate(small)
+    method = instantiate(small | FROM_SCRATCH.get(name, {}))
+    with torch.no_grad():
+        for parameter in (p for n, p in method.named_parameters() if n.endswith(".gate")):
+            parameter.fill_(0.5)  # a closed one lets no gradient past
+    return method
 
 
 def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:

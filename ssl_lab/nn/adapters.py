@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ class Adapters(Tuning):
             like = next(block.parameters())
             for name, residual in block.items():
                 if fits(name, self.after):
-                    residual.adapter = Adapter(residual.dim, self.hidden, act=self.act).to(like.device, like.dtype)
+                    residual.adapter = Adapter(cast(int, residual.dim), self.hidden, act=self.act).to(like.device, like.dtype)
 
 
 class Adapter(nn.Module):

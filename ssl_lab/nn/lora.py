@@ -54,11 +54,11 @@ class LoRA(Tuning):
         parts_of = {name: [_part_name(name, part) for part in parts] for name, (_, parts) in found.items()}
         require_fit(self.targets, [n for name, parts in parts_of.items() for n in (name, *parts)], "tuning.targets")
         for name, (parent, parts) in found.items():
-            whole = (0, network.get_submodule(name).weight.shape[0])
-            spans = [whole] if fits(name, self.targets) else []
+            base: nn.Linear = getattr(parent, child := name.rpartition(".")[2])
+            spans = [(0, base.out_features)] if fits(name, self.targets) else []
             spans = spans or [span for part, span in parts.items() if fits(_part_name(name, part), self.targets)]
             if spans:
-                layer = LoRALinear(getattr(parent, child := name.rpartition(".")[2]), self.rank, spans)
+                layer = LoRALinear(base, self.rank, spans)
                 layer.scale, layer.dropout = scale, Dropout(self.dropout)
                 setattr(parent, child, layer)
 

@@ -1,6 +1,7 @@
 """Prompt tuning: learned tokens before the input of a frozen network (Lester et al., 2021, arXiv:2104.08691)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,18 @@ class Prompts(Tuning):
         """
         if getattr(network, "window", None) is not None:
             raise UserError(f"tuning=prompt: {path} has a window, which hides a prompt; choose tuning=prefix")
-        like = next(network.parameters())
+        like, dim = next(network.parameters()), cast(int, network.dim)
         table = getattr(network, "embed", None)
         std = float(table.weight.float().std()) if isinstance(table, nn.Embedding) else 0.02
-        tokens = torch.randn(self.length, int(network.dim), device=like.device, dtype=like.dtype) * std
+        tokens = torch.randn(self.length, dim, device=like.device, dtype=like.dtype) * std
         if self.from_words and isinstance(table, nn.Embedding):
             tokens = table.weight[torch.randint(len(table.weight), (self.length,))].clone()
         if getattr(network, "scaled", None) == "embedding":
-            tokens *= int(network.dim) ** 0.5
+            tokens *= dim**0.5
         if hasattr(network, "registers"):
-            former = [] if network.registers is None else [network.registers]
-            network.registers = nn.Parameter(torch.cat([*former, tokens[None]], 1))
+            former = cast(Tensor | None, network.registers)
+            tokens = tokens[None] if former is None else torch.cat([former, tokens[None]], 1)
+            network.registers = nn.Parameter(tokens)
         elif hasattr(network, "prompt"):
             network.prompt = Prompt(tokens)
         else:
