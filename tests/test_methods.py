@@ -21,7 +21,7 @@ METHODS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/method").
 SMALL = {
     "layer_scale": 1.0, "dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "image_size": 32, "size": 32,
     "vocab_size": 64, "max_length": 32, "dropout": 0.0, "num_classes": 4, "start_token": 0, "embed_dim": 32,
-    "sampling_rate": 8000, "num_mels": 16, "channels": 16, "image_token": 5,
+    "sampling_rate": 8000, "num_mels": 16, "channels": 16, "negatives": 10, "image_token": 5,
 }  # fmt: skip
 
 FROM_SCRATCH = {"flamingo": {"train": ["connector", "vision", "decoder"]}}  # here it cannot lean on a trained model
@@ -67,10 +67,10 @@ def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
 
 
 def sound(size: int = 8) -> Batch:
-    """Clips of 1.1 to 1.5 s at 8 kHz; a clip of class c has its tone and noise."""
+    """Clips of 1.1 to 1.5 s at 8 kHz, in noise; a clip of class c begins with its tone, and each 0.2 s has the next."""
     generator = torch.Generator().manual_seed(0)
     at, length = torch.arange(12000), 12000 - 800 * (torch.arange(size)[:, None] % 5)
-    tone = torch.sin(at / 8000 * 2 * torch.pi * (400 + 800 * (torch.arange(size)[:, None] % 4)))
+    tone = torch.sin(at / 8000 * 2 * torch.pi * (400 + 800 * ((torch.arange(size)[:, None] + at // 1600) % 4)))
     audio = 0.3 * tone + 0.03 * torch.randn(size, 12000, generator=generator)
     return Batch(audio=audio * (at < length), audio_valid=at < length)
 
