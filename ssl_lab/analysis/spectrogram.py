@@ -13,7 +13,7 @@ from ssl_lab.analysis.neighbours import OTHER, SAME
 _WIDTH, _MEL, _LEFT, _RIGHT = 1100, 120, 64, 16  # pixels of a sheet, of the mels' height, of its margins
 _HEAD, _TRACK, _AXIS, _GAP = 26, 24, 22, 18  # of the heading, of tokens and of words, of the times, between utterances
 _MOST = 6  # pixels of a frame
-_RANGE = 8.0  # nepers of energy below the loudest that are shown: about 70 dB
+_RANGE = 10.0  # e-folds of energy below the loudest that are shown: 43 dB
 _INK, _FAINT, _TOKEN, _WORD = (30, 30, 30), (150, 150, 150), (222, 235, 247), (158, 202, 225)
 _STEPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between the times that are written
 
@@ -93,10 +93,10 @@ def _draw(sheet: Image.Image, one: Utterance, y: int, scale: int, hop: float, to
         draw.text((_LEFT - 6, y + _TRACK / 2), name, fill=_FAINT, font=small, anchor="rm")
         for span in spans:
             a, b = (_LEFT + min(x, seconds) * rate for x in (span.start, span.end))
-            draw.rectangle((a, y + 3, max(b, a + 2), y + _TRACK - 3), fill=colour)
+            draw.rectangle((a, y + 3, max(b - 2, a + 1), y + _TRACK - 3), fill=colour)
         for span in spans:  # after all boxes: a letter may be wider than its own
             middle = _LEFT + min((span.start + span.end) / 2, seconds) * rate
-            text = "\u2423" if span.text.isspace() else span.text.strip()
+            text = "_" if span.text.isspace() else span.text.strip()
             draw.text((middle, y + _TRACK / 2), text, fill=_INK, font=small, anchor="mm")
         y += _TRACK
     _times(draw, y, seconds, rate, small)

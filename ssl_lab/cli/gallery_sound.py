@@ -59,7 +59,7 @@ class SoundGallery:
                 "alignment.png",
                 "What was written, and when",
                 "Log-mel energies of test utterances, light = loud; below them the tokens and the words that were "
-                "written, each at the frames of the likeliest path that says it.",
+                "written, each at the frames of the likeliest path that says it; _ is a blank between words.",
             ),
         )
 

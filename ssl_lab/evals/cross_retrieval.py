@@ -1,5 +1,6 @@
-"""Retrieval across image and text: does a caption find its image, and an image one of its captions?"""
+"""Retrieval across image, text and sound: does a caption find its image, and an image one of its captions?"""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ _CELLS = 1 << 22  # similarities at a time: 16 MiB, and a few times that on the 
 @dataclass(frozen=True)
 class CrossRetrieval(Common):
     """Every test image ranks all test captions, and every caption all images, by cosine similarity.
+
+    A method with more modalities is judged by each two of them: the first spoken caption of each image finds its image
+    and one of its written captions, and the other way.
 
     Args:
         at: cut-offs k of recall@k.
@@ -49,7 +53,8 @@ class CrossRetrieval(Common):
     def run(self, round: Round) -> dict[str, float]:
         """Percent: `image_k`, captions with their image among the first k; `text_k`, images with one of their captions.
 
-        Details say what chance gives.
+        Of sound `image_by_audio_k` and `audio_by_image_k`, `text_by_audio_k` and `audio_by_text_k`: what is found, by
+        what. Details say what chance gives.
 
         Raises:
             Skip: the test split has no captions.
@@ -62,17 +67,38 @@ class CrossRetrieval(Common):
         round.samples["captions"] = len(texts)
         text, image = relevant(owner, texts if self.identical else None)
         embedded = embed_texts(round, texts, encode).to(round.device)
-        ranks = first_ranks(images.x.to(round.device), embedded, text, image)
-        values, chance = {}, {}
-        counts = {"image": text.bincount(), "text": image.bincount(minlength=len(images.y))}
-        among = {"image": len(images.y), "text": len(texts)}
-        for name in ("image", "text"):
-            for k in self.at:
-                values[f"{name}_{k}"] = 100.0 * float((ranks[name] <= k).double().mean())
-                chance[f"chance/{name}_{k}"] = 100.0 * by_chance(counts[name].tolist(), among[name], k)
+        pictures = images.x.to(round.device)
+        values, chance = self._found(pictures, embedded, text, image, ("image", "text"))
+        method: Any = round.method
+        for name in getattr(method, "others", ()):
+            other = round.extract(functools.partial(method.embed_other, name), "test", self.limit)
+            assert torch.equal(other.index, images.index)
+            heard, own, said = other.x.to(round.device), torch.arange(len(images.y)), None
+            if self.identical and (spoken := getattr(getattr(round.data, "test", None), "spoken", None)) is not None:
+                said = [of_one[0] for of_one in spoken(images.index.tolist())]
+            for first, second, pair, names in (
+                (pictures, heard, relevant(own, said), (f"image_by_{name}", f"{name}_by_image")),
+                (heard, embedded, (text, image), (f"{name}_by_text", f"text_by_{name}")),
+            ):
+                more, by_luck = self._found(first, second, *pair, names)
+                values |= more
+                chance |= by_luck
         told = ", ".join(f"{key.partition('/')[2]} {value:.2g} %" for key, value in chance.items())
         round.notes.append(f"{len(texts):,} captions of {len(images.y):,} images; chance gives {told}")
         return values | chance
+
+    def _found(
+        self, images: Tensor, texts: Tensor, text: Tensor, image: Tensor, names: tuple[str, str]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Recalls by either side, and what chance gives; arguments as `first_ranks`, names of what is found."""
+        ranks = first_ranks(images, texts, text, image)
+        counts = (text.bincount(minlength=len(texts)), image.bincount(minlength=len(images)))
+        values, chance = dict[str, float](), dict[str, float]()
+        for name, key, count, among in zip(names, ("image", "text"), counts, (len(images), len(texts)), strict=True):
+            for k in self.at:
+                values[f"{name}_{k}"] = 100.0 * float((ranks[key] <= k).double().mean())
+                chance[f"chance/{name}_{k}"] = 100.0 * by_chance(count.tolist(), among, k)
+        return values, chance
 
 
 def relevant(owner: Tensor, texts: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,15 @@ class CLIP(Method):
         """(B, E) of unit length."""
         return l2_normalize(self.project("text", batch))
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Batch keys of the modalities beside image and text."""
+        return tuple(name for name in self.towers if name not in KEYS)
+
+    def embed_other(self, name: str, batch: Batch) -> Tensor:
+        """(B, E) of unit length, of a modality that `others` names."""
+        return l2_normalize(self.project(name, batch))
+
     def _read(self, name: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
         key, mask = KEYS.get(name, (name, f"{name}_valid"))
         if key not in batch:
