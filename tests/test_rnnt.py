@@ -8,6 +8,8 @@ import torch
 from test_speech_methods import Frames, speech
 
 from ssl_lab.errors import UserError
+from ssl_lab.generation.ctc import CTCBeam
+from ssl_lab.generation.listen import Recogniser
 from ssl_lab.generation.rnnt import RNNTBeam, beam_search, greedy
 from ssl_lab.losses.transducer import transducer_nll
 from ssl_lab.methods.rnnt import RNNT
@@ -133,6 +135,23 @@ def test_padding_and_what_stands_in_it_change_nothing(method):
     said = method.transcribe(batch)
     for row, length in enumerate((12, 9, 5)):
         assert method.transcribe({"audio": batch["audio"][row : row + 1, : length * 400]}) == [said[row]]
+
+
+def test_long_recordings_are_heard_in_chunks_and_silence_says_nothing(monkeypatch):
+    monkeypatch.setattr(Frames, "seconds", 0.05, raising=False)
+    method = toy()
+    audio = torch.randn(40 * 400, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for beam in (CTCBeam(1), CTCBeam(3)):
+        whole = Recogniser(method, None, 8000, beam=beam)
+        parts = Recogniser(method, None, 8000, chunk=0.8, overlap=0.4, beam=beam)
+        tokens, spans = whole.tokens(audio)
+        assert len(tokens) == len(spans) > 3 and spans == sorted(spans) and spans[-1][1] < 40
+        assert parts.tokens(audio) == (tokens, spans)
+        assert whole.tokens(torch.zeros(8000).double()) == ([], [])
+    with torch.no_grad():
+        method.transducer.hear.bias[0] = float("nan")
+    with pytest.raises(UserError, match="no numbers"):
+        whole.tokens(audio)
 
 
 def test_rows_without_frames_or_text():

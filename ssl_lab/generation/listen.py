@@ -70,6 +70,8 @@ class Recogniser:
         if not frames.isfinite().all():
             raise UserError("the weights give values that are no numbers: take an earlier checkpoint")
         if (decode := getattr(method, "decode", None)) is not None:
+            if _silent(audio):
+                return [], []
             found: tuple[list[int], list[tuple[int, int]]] = decode(frames, num_beams=self.beam.width)
             return found
         said, spans = list[int](), list[tuple[int, int]]()
