@@ -13,7 +13,7 @@ from ssl_lab.data.shapes import Shapes
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
-VERBS = ("train", "evaluate", "generate", "transcribe", "export", "bench", "tokenizer", "shards", "list", "doctor")
+VERBS = ("train", "evaluate", "generate", "chat", "transcribe", "export", "bench", "tokenizer", "shards", "list", "doctor")
 TOY = {
     "duration": "2steps",
     "data.batch_size": "8",
@@ -30,6 +30,11 @@ TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
     **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
+    "llava": {
+        **{name.replace("encoder", "model.vision"): value for name, value in VIT.items()},
+        **{name.replace("decoder", "model.decoder"): value for name, value in DECODER.items()},
+        "eval": "[vqa]",
+    },
     "simclr": {"method.hidden": "32"},
     "moco": {"method.queue_size": "32"},
     "moco_v3": {"method.hidden": "32"},
@@ -59,7 +64,7 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if not re.search(r"encoder=timm|backbone=resnet|method=(causal_lm|seq2seq|span_cor)|t5_", text):
+        if not re.search(r"encoder=timm|backbone=resnet|llava|method=(causal_lm|seq2seq|span_cor)|t5_", text):
             more |= PAIR if re.search(r"(experiment|method)=(clip|siglip)", text) else VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]

@@ -170,5 +170,5 @@ def _partner(spec: str, trust: list[str], system: str | None) -> Partner:
         template=encode.template,
         system=encode.system if system is None else system,
     )
-    model: Any = fuse_(method.model)  # type: ignore[arg-type]
-    return Partner(model, encoder, build(OmegaConf.create(config["data"]["eval_views"]["image"])))
+    network: Any = method.model
+    return Partner(fuse_(network), encoder, build(OmegaConf.create(config["data"]["eval_views"]["image"])))
