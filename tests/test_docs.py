@@ -26,15 +26,16 @@ BACKBONE = {name.replace("encoder", "backbone").removeprefix("method."): value f
 DECODER = {"method.decoder.depth": "1", "method.decoder.dim": "32", "method.decoder.num_heads": "2"}
 PAIR = {f"method.{tower}.{name}": value for tower in ("image", "text") for name, value in BACKBONE.items()}
 MODEL = {f"method.model.{name.rpartition('.')[2]}": value for name, value in VIT.items()}
+SEEING = {
+    **{name.replace("encoder", "model.vision"): value for name, value in VIT.items()},
+    **{name.replace("decoder", "model.decoder"): value for name, value in DECODER.items()},
+    "eval": "[vqa]",
+}
 TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)_)"
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
     **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
-    "llava": {
-        **{name.replace("encoder", "model.vision"): value for name, value in VIT.items()},
-        **{name.replace("decoder", "model.decoder"): value for name, value in DECODER.items()},
-        "eval": "[vqa]",
-    },
+    **dict.fromkeys(("llava", "flamingo"), SEEING),
     "simclr": {"method.hidden": "32"},
     "moco": {"method.queue_size": "32"},
     "moco_v3": {"method.hidden": "32"},
@@ -64,7 +65,7 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if not re.search(r"encoder=timm|backbone=resnet|llava|method=(causal_lm|seq2seq|span_cor)|t5_", text):
+        if not re.search(r"encoder=timm|backbone=resnet|llava|flamingo|method=(causal_lm|seq2seq|span_cor)|t5_", text):
             more |= PAIR if re.search(r"(experiment|method)=(clip|siglip)", text) else VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from ssl_lab.errors import UserError
@@ -40,11 +41,15 @@ class Tuning:
             UserError: no such part, or a pattern that fits nothing.
         """
         done: dict[str, str] = {}
-        for path in networks(method) if self.parts is None else self.parts:
+        paths = networks(method) if self.parts is None else self.parts
+        names = [name for path in paths for name, _ in _part(method, path).named_parameters()]
+        for setting in ("also", "learn"):
+            require_fit(getattr(self, setting, ()), names, f"tuning.{setting}")
+        for path in paths:
             network = _part(method, path)
             twins = [name for name, other in method.named_modules() if _follows(other, network)]
             network.requires_grad_(False)
-            for parameter in _named(network, self.also, "tuning.also"):
+            for parameter in _named(network, self.also):
                 parameter.requires_grad_()
             self.change(network, path)
             done[path] = path
@@ -79,9 +84,9 @@ class Partial(Tuning):
         """See `Tuning.change`.
 
         Raises:
-            UserError: more blocks than there are, or a pattern that fits nothing.
+            UserError: more blocks than there are.
         """
-        for parameter in _named(network, self.learn, "tuning.learn"):
+        for parameter in _named(network, self.learn):
             parameter.requires_grad_()
         if not self.last_blocks:
             return
@@ -140,11 +145,9 @@ def require_fit(patterns: Iterable[str], names: Sequence[str], what: str) -> Non
             raise UserError(f"{what}: nothing fits {pattern!r}; there are {there}")
 
 
-def _named(network: nn.Module, patterns: Sequence[str], what: str) -> list[nn.Parameter]:
-    """Parameters that fit; none of the patterns may fit nothing."""
-    known = dict(network.named_parameters())
-    require_fit(patterns, list(known), what)
-    return [parameter for name, parameter in known.items() if fits(name, patterns)]
+def _named(network: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters that fit."""
+    return [parameter for name, parameter in network.named_parameters() if fits(name, patterns)]
 
 
 def _part(method: nn.Module, path: str) -> nn.Module:
@@ -161,11 +164,13 @@ def _frozen(module: nn.Module) -> bool:
 
 
 def _follows(other: nn.Module, network: nn.Module) -> bool:
-    """A network of the same make that takes no gradient."""
+    """A network of the same make and, since nothing has moved yet, the same weights, which takes no gradient."""
     if other is network or type(other) is not type(network) or any(p.requires_grad for p in other.parameters()):
         return False
-    here, there = ({n: p.shape for n, p in module.named_parameters()} for module in (network, other))
-    return bool(here) and here == there
+    here, there = (dict(module.named_parameters()) for module in (network, other))
+    if not here or {n: p.shape for n, p in here.items()} != {n: p.shape for n, p in there.items()}:
+        return False
+    return all(torch.equal(value, there[name]) for name, value in here.items())
 
 
 def _millions(count: int) -> str:
