@@ -31,6 +31,9 @@ def choosing(group, choice):
     beside += ["method.decoder.max_length=256"] if beside else []
     if choice in SOUND and group == "views":
         beside += ["data=tones"]
+    if "spoken" in choice:
+        beside += ["data=shapes_spoken"] if group == "views" else ["views@data.views=spoken"]
+        beside += ["method.text.backbone.max_length=32"]
     place = [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}"]
     return [*place, *beside, *([PATH] if group == "data" else [])]
 
@@ -40,6 +43,8 @@ READERS = {  # of what neither images give nor a method chooses by itself
     **{("data", name): "masked_lm" for name in ("text", "tinyshakespeare", "passages")},
     **{("data", name): method for name, method in [("sst2", "text_classification"), ("multi30k", "seq2seq")]},
     ("data", "xquad"): "span_qa",
+    **{("data", name): "clip" for name in ("shapes_spoken", "captions_spoken")},
+    **{("views", name): "clip" for name in ("spoken", "spoken_resize")},
     ("data", "cifar10_pixels"): "causal_lm",
     **{("data", name): "llava" for name in ("easy_vqa", "image_captions", "image_classes", "conversations")},
     ("views", "pixels"): "causal_lm",
@@ -51,6 +56,7 @@ FAMILIES = {
     "gpt": "causal_lm",
     "llama": "causal_lm",
     "transformer": "seq2seq",
+    "speech_transformer": "seq2seq",
     "t5": "seq2seq",
     "bert": "masked_lm",
     "conformer": "ctc",
