@@ -67,10 +67,11 @@ def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
 
 
 def sound(size: int = 8) -> Batch:
-    """Clips of 1.1 to 1.5 s at 8 kHz, in noise; a clip of class c begins with its tone, and each 0.2 s has the next."""
+    """Clips of 1.1 to 1.5 s at 8 kHz: in noise a tone that belongs to the class, and steps upwards each 0.2 s."""
     generator = torch.Generator().manual_seed(0)
     at, length = torch.arange(12000), 12000 - 800 * (torch.arange(size)[:, None] % 5)
-    tone = torch.sin(at / 8000 * 2 * torch.pi * (400 + 800 * ((torch.arange(size)[:, None] + at // 1600) % 4)))
+    pitch = (300 + 500 * (torch.arange(size)[:, None] % 4)) * (1 + 0.5 * (at // 1600 % 3))
+    tone = torch.sin(at / 8000 * 2 * torch.pi * pitch)
     audio = 0.3 * tone + 0.03 * torch.randn(size, 12000, generator=generator)
     return Batch(audio=audio * (at < length), audio_valid=at < length)
 
