@@ -13,7 +13,19 @@ from ssl_lab.data.shapes import Shapes
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
-VERBS = ("train", "evaluate", "generate", "chat", "transcribe", "export", "bench", "tokenizer", "shards", "list", "doctor")
+VERBS = (
+    "train",
+    "evaluate",
+    "generate",
+    "chat",
+    "transcribe",
+    "export",
+    "bench",
+    "tokenizer",
+    "shards",
+    "list",
+    "doctor",
+)
 TOY = {
     "duration": "2steps",
     "data.batch_size": "8",

@@ -15,8 +15,10 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.errors import UserError
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
+from ssl_lab.nn.block import encoder_block
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.connectors import LinearConnector, MLPConnector, ResamplerConnector
+from ssl_lab.nn.embed import PatchEmbed
 from ssl_lab.nn.positions import Learned, Rotary
 from ssl_lab.nn.recipes import llama_block, rms_norm
 from ssl_lab.nn.resampler import Resampler
@@ -319,3 +321,30 @@ def test_any_causal_language_model_of_transformers_speaks(tmp_path):
     assert isinstance(decoder.head_weight, nn.Parameter)
     with pytest.raises(UserError, match="no config"):
         HFDecoder(str(tmp_path / "none"))
+
+
+def test_the_image_encoder_of_transformers_clip_and_siglip_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "vocab_size": 99, "max_position_embeddings": 8}
+    x = images()
+    for kind in ("CLIP", "Siglip"):
+        config = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text)
+        theirs = randomise(getattr(transformers, f"{kind}Model")(config)).float()
+        theirs.save_pretrained(tmp_path / kind)
+        theirs.double()
+        eps = theirs.config.vision_config.layer_norm_eps
+        norm = functools.partial(nn.LayerNorm, eps=eps)
+        stem = functools.partial(PatchEmbed, bias=False, norm=norm) if kind == "CLIP" else PatchEmbed
+        act = "quick_gelu" if kind == "CLIP" else "gelu_tanh"
+        sized = {"image_size": 32, "patch_size": 8, "stem": stem, "cls_token": kind == "CLIP"}
+        block = functools.partial(encoder_block, act=act, norm=norm, mlp_ratio=2)
+        ours = ViT(32, 2, 4, **sized, block=block, weights=f"hf:{tmp_path / kind}").double().eval()
+        with torch.no_grad():
+            hidden = theirs.vision_model(x, output_hidden_states=True).hidden_states[-2]
+            found = ours(x, layers=[-2]).hidden[-2]
+        assert gap(found, hidden) < 1e-6  # saved in float32
+        wrong = functools.partial(encoder_block, norm=norm, mlp_ratio=2)
+        with pytest.raises(UserError, match=f"act {act} there, gelu here"):
+            ViT(32, 2, 4, **sized, block=wrong, weights=f"hf:{tmp_path / kind}")

@@ -21,7 +21,7 @@ from ssl_lab.nn.block import Block, encoder_block
 from ssl_lab.nn.embed import PatchEmbed
 from ssl_lab.nn.ffn import MLP
 from ssl_lab.nn.tuning import added
-from ssl_lab.weights import families
+from ssl_lab.weights import families, towers
 from ssl_lab.weights.rename import State
 from ssl_lab.weights.sources import HEADER, Source, read, read_safetensors
 
@@ -68,6 +68,11 @@ def load(backbone: nn.Module, spec: str) -> None:
         raise UserError(
             f"{spec} does not fit this backbone: {'; '.join(problems[:4])}; choose another backbone or other weights"
         )
+    if other := towers.unlike(backbone, source.recipe):
+        told = "; ".join(f"{name} {there} there, {here} here" for name, (there, here, _) in other.items())
+        block = dict(argument for _, _, argument in other.values())
+        words = " ".join(f"method.encoder.block.{name}={word(value)}" for name, value in block.items())
+        raise OtherArchitecture(f"{spec} does not fit this backbone: {told}; to match it: {words}", {"block": block})
     backbone.load_state_dict(state)
 
 

@@ -3,9 +3,9 @@
 import difflib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ HF_TABLES: dict[str, Table] = {
     "dinov2": hf_dinov2.TABLE,
     "dinov2_with_registers": hf_dinov2.TABLE,
 }
+PAIRS = ("clip", "siglip")  # of which the image encoder is read
 HEADER = "ssl_lab"  # key of our entry in a safetensors header
 
 
@@ -36,6 +37,7 @@ class Source:
     num_heads: int | None = None
     grid: tuple[int, int] | None = None  # of the position table
     antialias: bool = True  # how its library resamples that table: timm with, transformers mostly without
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # `act` and `eps` of its blocks, where they are not usual
 
 
 def read(spec: str) -> Source:
@@ -118,8 +120,12 @@ def hf_config(name: str) -> tuple[Any, Any]:
 
 def _from_hf(name: str) -> Source:
     transformers, config = hf_config(name)
+    if config.model_type.removesuffix("_vision_model") in PAIRS:
+        from ssl_lab.weights.towers import image_tower
+
+        return image_tower(name, transformers, config)
     if config.model_type not in HF_TABLES:
-        raise UserError(f"hf:{name} is a {config.model_type!r}; a ViT takes {', '.join(HF_TABLES)}")
+        raise UserError(f"hf:{name} is a {config.model_type!r}; a ViT takes {', '.join((*HF_TABLES, *PAIRS))}")
     if config.hidden_act != "gelu" or getattr(config, "use_swiglu_ffn", False) or not config.qkv_bias:
         raise UserError(f"hf:{name}: our ViT has exact GELU, no SwiGLU, and qkv biases; this model differs")
     extra = {"add_pooling_layer": False} if config.model_type in ("vit", "ijepa") else {}
