@@ -47,7 +47,8 @@ TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
     **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
-    **dict.fromkeys(("llava", "flamingo"), SEEING),
+    "flamingo": SEEING,
+    "llava": SEEING | {"method.model.layer": "-1"},
     "simclr": {"method.hidden": "32"},
     "moco": {"method.queue_size": "32"},
     "moco_v3": {"method.hidden": "32"},
