@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ssl_lab.cli import machine
+from ssl_lab.cli.doctor_sound import sound
 from ssl_lab.cli.machine import Finding
+from ssl_lab.errors import UserError
 from ssl_lab.nn.attend import KERNELS, KernelName, attend, choose, supports
 from ssl_lab.nn.mask import FULL
 
@@ -23,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     sections = {
         "Versions": machine.versions(),
         "Devices": machine.devices(),
-        "Data": machine.data(None if cfg.data.path is None else str(cfg.data.path)),
+        "Data": _data(cfg),
         "Tracking": machine.tracking(),
         "Disk": machine.disk(Path(str(cfg.out))),
     }
@@ -35,6 +37,20 @@ def run(cfg: DictConfig) -> None:
     console.print(Text(f"\n{len(problems)} problem{'' if len(problems) == 1 else 's'}", style="bold"))
     for problem in problems:
         console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
+
+
+def _data(cfg: DictConfig) -> list[Finding]:
+    """What is at `data.path`: recordings, or else images."""
+    if cfg.data.path is None:
+        return machine.data(None)
+    path, tokenizer = str(cfg.data.path), None if cfg.data.tokenizer is None else str(cfg.data.tokenizer)
+    try:
+        found = sound(path, tokenizer)
+    except UserError as error:
+        asked = tokenizer is not None or "soundfile" in str(error)
+        return [*([Finding(path, "not usable as sound", str(error))] if asked else []), *machine.data(path)]
+    first, *others = machine.data(None)
+    return [first, *found, *others]
 
 
 def _section(title: str, findings: list[Finding]) -> Table:

@@ -127,8 +127,8 @@ def _compiler() -> Finding:
 
 
 def data(path: str | None) -> list[Finding]:
-    """The embedded set, the set at `path`, and what the Hugging Face cache holds."""
-    found = [Finding("shapes", "built in")]
+    """The embedded sets, the set of images at `path`, and what the Hugging Face cache holds."""
+    found = [Finding("shapes, tones", "built in")]
     if path is not None:
         import datasets
 
