@@ -113,6 +113,18 @@ class VisionLanguage(nn.Module):
             UserError: as many markers as images are wanted, and packed rows have no prefix.
         """
         visual = self.see(images) if images is not None and len(images) else self._nothing(tokens, images)
+        return self.read(tokens, visual, valid=valid, segments=segments, labels=labels)
+
+    def read(
+        self,
+        tokens: Tensor,
+        visual: Tensor,
+        *,
+        valid: Tensor | None = None,
+        segments: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Encoded, Tensor | None]:
+        """As `forward`, of images (N, Q, D) that have been seen."""
         x = self.splice(tokens, visual, valid=valid, segments=segments, labels=labels)
         return self.decoder(x.embedded, valid=x.valid, segments=x.segments, prefix=x.prefix), x.labels
 

@@ -1,5 +1,6 @@
 """LLaVA (arXiv:2304.08485, arXiv:2310.03744): an image encoder and a language model, joined by what learns first."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,8 @@ from ssl_lab.train.base import KEY as BASE
 from ssl_lab.types import Batch, Step
 from ssl_lab.weights import io
 
+log = logging.getLogger(__name__)
+
 Stage = Literal["align", "instruct"]
 LEARNS: dict[Stage, tuple[Part, ...]] = {"align": ("connector",), "instruct": ("connector", "decoder")}
 
@@ -33,9 +36,12 @@ class LLaVA(Method):
         stage: "align" trains the connector, "instruct" the decoder too.
         train: the parts that learn, instead of what the stage says: vision, connector, decoder.
         weights: begin from a run of this method: its run folder or a checkpoint in it.
+        cache_features: keep what the frozen image encoder gives of each training image in memory, from the first pass
+            on; for images that look the same in every pass.
 
     Raises:
-        UserError: unknown parts, or weights of another connector, image encoder or decoder.
+        UserError: unknown parts, weights of another connector, image encoder or decoder, or `cache_features` of an
+            image encoder that learns.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class LLaVA(Method):
         stage: Stage = "instruct",
         train: Sequence[Part] | None = None,
         weights: str | None = None,
+        cache_features: bool = False,
     ) -> None:
         super().__init__()
         if stage not in LEARNS:
@@ -52,7 +59,10 @@ class LLaVA(Method):
         learns = LEARNS[stage] if train is None else tuple(train)
         if not learns or not set(learns) <= set(PARTS):
             raise UserError(f"train={list(learns)}: name some of {', '.join(PARTS)}")
-        self.model, self.stage = model, stage
+        if cache_features and "vision" in learns:
+            raise UserError("cache_features=true is for an image encoder that does not learn: take vision out of train")
+        self.model, self.stage, self.cache_features = model, stage, cache_features
+        self._kept: dict[int, Tensor] = {}
         if weights is not None:
             load(model, weights)
         model.freeze(*(part for part in PARTS if part not in learns))
@@ -69,15 +79,33 @@ class LLaVA(Method):
         return self._nll(batch)[0]
 
     def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        encoded, labels = self.model(
-            batch["tokens"],
-            batch.get("images"),
-            valid=batch.get("valid"),
-            segments=batch.get("segments"),
-            labels=batch["labels"],
-        )
+        patches = self._patches(batch) if self.cache_features and self.training else None
+        given = {name: batch.get(name) for name in ("valid", "segments", "labels")}
+        if patches is None:
+            encoded, labels = self.model(batch["tokens"], batch.get("images"), **given)
+        else:
+            encoded, labels = self.model.read(batch["tokens"], self.model.connector(patches), **given)
         assert labels is not None
         return token_nll(encoded.tokens, self.model.decoder.head_weight, labels), labels
+
+    @torch.no_grad()
+    def _patches(self, batch: Batch) -> Tensor | None:
+        """(N, P, Dv) of the images, None of none. Each goes through the encoder alone, so that no batch matters."""
+        images = batch.get("images")
+        if images is None or not len(images):
+            return None
+        if "image_ids" not in batch:
+            raise UserError(
+                "cache_features=true is for images that look the same in every pass: take views that draw nothing"
+            )
+        numbers = batch["image_ids"].tolist()
+        for number, image in zip(numbers, images, strict=True):
+            if number not in self._kept:
+                self._kept[number] = self.model.patches(image[None])[0]
+                if len(self._kept) == 1:
+                    size = self._kept[number].numel() * self._kept[number].element_size() / 1024
+                    log.warning("features of the frozen image encoder are kept in memory, %.0f KiB an image", size)
+        return torch.stack([self._kept[number] for number in numbers])
 
     def answer(self, batch: Batch, end: int, *, max_tokens: int) -> Tensor:
         """(B, T) int64, T <= max_tokens: the likeliest first answer of each row; see `ssl_lab.types.Answers`.
