@@ -46,7 +46,7 @@ def test_everything_is_found(recordings):
     assert "6 clips" in found[name].value and found[name].problem is None
     assert "8,000 Hz (4)" in found["  rates"].value and "44,100 Hz (1)" in found["  rates"].value
     assert "8,000 to 44,100" in found["  rates"].problem
-    assert "2 channels (1)" in found["  channels"].value
+    assert "2 in each (1)" in found["  channels"].value
     assert found["  lengths"].value.startswith("0.10 to 2.00 s") and "1 below 0.2 s" in found["  lengths"].value
     assert "broken.wav" in found["  unreadable"].value and "mend" in found["  unreadable"].problem
     assert "silent.wav" in found["  silent"].value

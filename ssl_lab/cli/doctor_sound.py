@@ -72,7 +72,7 @@ def _clips(name: str, table: PairTable) -> list[Finding]:
     return [
         Finding(name, told),
         Finding("  rates", _counted(seen.rates, "Hz"), _mixed(name, seen.rates)),
-        Finding("  channels", _counted(seen.channels, "channels")),
+        Finding("  channels", _counted(seen.channels, "in each")),
         Finding("  lengths", spread + (f"; {short} below 0.2 s, which silence follows" if short else "")),
         _listed("  unreadable", seen.broken, f"{name}: unreadable clips are replaced by others: mend or remove them"),
         _listed("  silent", seen.silent, f"{name}: clips without any sound teach silence: remove them if they are not"),
