@@ -113,9 +113,9 @@ class VisionLanguage(nn.Module):
             UserError: as many markers as images are wanted, and packed rows have no prefix.
         """
         visual = self.see(images) if images is not None and len(images) else self._nothing(tokens, images)
-        return self.read(tokens, visual, valid=valid, segments=segments, labels=labels)
+        return self.spliced(tokens, visual, valid=valid, segments=segments, labels=labels)
 
-    def read(
+    def spliced(
         self,
         tokens: Tensor,
         visual: Tensor,

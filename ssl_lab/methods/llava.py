@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,11 +80,11 @@ class LLaVA(Method):
 
     def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         patches = self._patches(batch) if self.cache_features and self.training else None
-        given = {name: batch.get(name) for name in ("valid", "segments", "labels")}
+        given: dict[str, Any] = {name: batch.get(name) for name in ("valid", "segments", "labels")}
         if patches is None:
             encoded, labels = self.model(batch["tokens"], batch.get("images"), **given)
         else:
-            encoded, labels = self.model.read(batch["tokens"], self.model.connector(patches), **given)
+            encoded, labels = self.model.spliced(batch["tokens"], self.model.connector(patches), **given)
         assert labels is not None
         return token_nll(encoded.tokens, self.model.decoder.head_weight, labels), labels
 
