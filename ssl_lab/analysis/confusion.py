@@ -30,7 +30,8 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Tensor:
     """
     C = len(classes)
     cell = max(_LEAST, min(_MOST, _SHEET // max(1, C)))
-    font = ImageFont.load_default(max(9, min(15, cell - 4)))
+    letters = max(9, min(15, cell - 4))
+    font = ImageFont.load_default(letters)
     names = [name if len(name) <= _NAME else f"{name[: _NAME - 3]}..." for name in map(str, classes)]
     widest = max((round(font.getlength(name)) for name in names), default=0) + 12
     head, side, label = widest, widest, 26
@@ -44,7 +45,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Tensor:
     for i in range(C):
         y = top + i * cell
         draw.text((left - 6, y + cell / 2), names[i], fill=_INK, font=font, anchor="rm")
-        _turned(sheet, names[i], (left + i * cell + (cell - font.size) // 2, top - 6), font)  # type: ignore[union-attr]
+        _turned(sheet, names[i], (left + i * cell + (cell - letters) // 2, top - 6), font)
         for j in range(C):
             share, x = float(shares[i, j]), left + j * cell
             full = _RIGHT if i == j else _WRONG

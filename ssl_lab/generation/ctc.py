@@ -102,10 +102,9 @@ def beam_search(
         value = {prefix: _add(*both) + extra[prefix] for prefix, both in found.items()}
         best = sorted((prefix for prefix in value if value[prefix] > _NEVER), key=value.__getitem__, reverse=True)
         alive = {prefix: found[prefix] for prefix in best[: beam.width]}
-    last = getattr(score, "end", None)
-    ended = {p: 0.0 if last is None else beam.lm_weight * last(p) for p in alive}
-    found_last = [(list(p), _add(*both) + extra[p] + ended[p]) for p, both in alive.items()]
-    return sorted(found_last, key=lambda one: one[1], reverse=True)
+    at_end: Callable[[Prefix], float] = getattr(score, "end", lambda prefix: 0.0)
+    whole = [(list(p), _add(*both) + extra[p] + beam.lm_weight * at_end(p)) for p, both in alive.items()]
+    return sorted(whole, key=lambda one: one[1], reverse=True)
 
 
 def align(log_probs: Tensor, tokens: Sequence[int], blank: int = 0) -> list[tuple[int, int]]:

@@ -116,7 +116,7 @@ def _key(model: EncoderDecoder) -> str:
 def _rows(batch: Batch, key: str) -> list[Tensor]:
     """The sources of a batch without their padding."""
     whole = cast(Tensor, batch[key])  # type: ignore[literal-required]
-    valid = batch.get("audio_valid" if key == "audio" else "valid")
+    valid = cast("Tensor | None", batch.get("audio_valid" if key == "audio" else "valid"))
     return [row if valid is None else row[valid[i]] for i, row in enumerate(whole)]
 
 
