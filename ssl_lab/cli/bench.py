@@ -18,11 +18,9 @@ from ssl_lab.bench.peers import SHIPPED, STRENGTHENED, Variant, missing, peer_st
 from ssl_lab.bench.report import Report, Row
 from ssl_lab.bench.step import TrainStep, compute_dtype, method_step
 from ssl_lab.bench.timing import Timing, interleave, matmul_peak
-from ssl_lab.cli.train import Training
+from ssl_lab.cli.rehearsal import batch_of, rehearsal
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import moved
-from ssl_lab.train.signals import Signals
 
 OURS = "ssl_lab"
 _LOOP_STEPS = 40
@@ -52,17 +50,11 @@ class Work:
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        out = str(folder / "run")
-        config = OmegaConf.merge(
-            cfg, {"out": out, "duration": f"{_LOOP_STEPS} steps", "ckpt": None, "baselines": False}
-        )
-        config.eval, config.logger = {}, {"csv": {"_target_": "ssl_lab.train.loggers.CSVLogger", "save_dir": out}}
         self.cfg, self.folder, self.precision = cfg, folder, cfg.trainer.precision
-        self.training = Training(config, Signals(), first=True)  # type: ignore[arg-type]
+        self.training = rehearsal(cfg, str(folder / "run"), _LOOP_STEPS)
         self.method, self.data = self.training.method, self.training.data
         self.device = self.training.trainer.strategy.root_device
-        batch = moved(next(iter(self.data.train_dataloader())), self.device)
-        self.batch = self.data.on_after_batch_transfer(batch, 0)
+        self.batch = batch_of(self.training)
         self.notes = [note for peer in cfg.against if (note := missing(peer, self.method)) is not None]
         self.steps: dict[str, Callable[[], TrainStep]] = {OURS: self._ours}
         for peer in cfg.against:

@@ -190,7 +190,9 @@ class Round:
                 f"features of {len(bad)} of {len(x)} {split} rows are not finite (first row {int(bad[0])}): "
                 f"the weights have diverged; evaluate an earlier checkpoint"
             )
-        return unique_rows(x, y, index)
+        found = unique_rows(x, y, index)
+        self.samples[split] = len(found.y)
+        return found
 
 
 def moved(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:

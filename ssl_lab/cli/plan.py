@@ -1,0 +1,212 @@
+"""`ssl-lab plan`: what a run will need and take, on this machine or on listed accelerators, before it starts."""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from ssl_lab.bench import plan
+from ssl_lab.bench.devices import Accelerator, accelerator
+from ssl_lab.bench.machine import device_name, memory_of, resident
+from ssl_lab.bench.probe import Probe, free, fused_attention, probe, state_bytes, tensor_bytes
+from ssl_lab.bench.step import compute_dtype, method_step
+from ssl_lab.cli.compose import steps_of
+from ssl_lab.cli.rehearsal import batch_of, rehearsal
+from ssl_lab.cli.trainer import quiet
+from ssl_lab.errors import UserError
+
+_CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
+_ROUNDS = 4  # timed steps of each probe, after one that is not
+_SCALES = (1, 8, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is told, for `out=` and for the screen; times in seconds, memory in bytes."""
+
+    name: str
+    where: str
+    devices: int
+    precision: str
+    batch: int
+    accumulate: int
+    params: int
+    trained: int
+    flops: float
+    samples: int
+    steps: int
+    epochs: float
+    input_bytes: float
+    step_seconds: float
+    exposed_seconds: float
+    hours: float
+    cost: float | None
+    memory: dict[str, float]
+    room: float
+    advice: list[str]
+    scaling: list[tuple[int, float]]
+
+
+def run(cfg: DictConfig) -> None:
+    """Probe two small batches, work the plan out, print it, and write `out` if it is given.
+
+    Raises:
+        UserError: no such accelerator, or numbers that mean nothing.
+    """
+    if cfg.devices < 1 or not 0 < cfg.utilisation <= 1 or (cfg.rows is not None and cfg.rows < 1):
+        raise UserError("devices and rows are at least 1, utilisation is above 0 and at most 1")
+    if cfg.gpu is None and cfg.devices > 1:
+        raise UserError(
+            f"devices={cfg.devices} of this machine cannot be foretold: name what they are, such as gpu=h100"
+        )
+    gpu = None if cfg.gpu is None else accelerator(cfg.gpu)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="ssl-lab-plan-") as folder, quiet():
+        made = _plan(cfg, Path(folder), gpu)
+    for line in _lines(made, cfg):
+        console.print(line, soft_wrap=True)
+    if cfg.out is not None:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.out).write_text(json.dumps(asdict(made), indent=2) + "\n")
+        console.print(f"figures: {cfg.out}")
+
+
+def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
+    cfg = DictConfig(OmegaConf.to_container(cfg))
+    with open_dict(cfg):
+        cfg.trainer.devices, cfg.trainer.strategy, cfg.compile = 1, "auto", False
+        if gpu is not None:
+            cfg.trainer.accelerator = "cpu"
+            cfg.trainer.precision = str(cfg.trainer.precision).replace("16-mixed", "bf16-mixed").replace("bfb", "b")
+    training = rehearsal(cfg, str(folder / "run"), 1)
+    method, data, batch = training.method, training.data, training.data.batch_size
+    method.configure_model()
+    device, precision = training.trainer.strategy.root_device, cfg.trainer.precision
+    params = sum(p.numel() for p in method.parameters())
+    held = sum(tensor_bytes(t) for t in (*method.parameters(), *method.buffers()))
+    before = resident() - held
+    state, probes = 0, list[Probe]()
+    for rows in _sizes(batch) if gpu is None else (2, 4):
+        held_batch = batch_of(training, rows)
+        step = method_step(method, held_batch, device=device, precision=precision)
+        if gpu is None:
+            probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=_ROUNDS))
+        else:
+            with fused_attention(method):
+                probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=0))
+                step()
+        state = state_bytes(step.optimizer)
+        del step, held_batch
+        free()
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    work = plan.Work(
+        params, trained, held, state, int(before if gpu is None else _CONTEXT), small=probes[0], large=probes[-1]
+    )
+    return _worked_out(cfg, work, batch, training.trainer.accumulate_grad_batches, gpu, data.num_train, device)
+
+
+def _sizes(batch: int) -> list[int]:
+    """Two sizes that tell what grows with the batch; the larger is at most half of it, and small."""
+    large = max(2, min(batch, max(batch // 2, 4), 64))
+    return sorted({max(1, large // 2), large})
+
+
+def _worked_out(
+    cfg: DictConfig,
+    work: plan.Work,
+    batch: int,
+    accumulate: int,
+    gpu: Accelerator | None,
+    rows: int,
+    device: torch.device,
+) -> Plan:
+    half = compute_dtype(cfg.trainer.precision) != torch.float32
+    together = batch * accumulate * cfg.devices
+    rows = cfg.rows or rows
+    steps = steps_of(cfg.duration, together, rows)
+    need = plan.memory(work, batch)
+    room = memory_of(device) if gpu is None else gpu.memory
+    if gpu is None:
+        compute, exposed, scaling, price = work.seconds(batch) or 0.0, 0.0, list[tuple[int, float]](), cfg.price
+    else:
+        told = plan.speed(work, batch, cfg.devices, gpu, cfg.utilisation, half=half)
+        compute, exposed, price = told.compute, told.exposed, cfg.price or gpu.price
+        scaling = [
+            (n, plan.speed(work, batch, n, gpu, cfg.utilisation, half=half).efficiency)
+            for n in sorted({*_SCALES, cfg.devices})
+        ]
+    seconds = compute * accumulate + exposed
+    hours = steps * seconds / 3600
+    return Plan(
+        name=str(cfg.name), where=device_name(device) if gpu is None else str(cfg.gpu), devices=cfg.devices,
+        precision=str(cfg.trainer.precision), batch=batch, accumulate=accumulate, params=work.params,
+        trained=work.trained, flops=work.flops(batch) / batch, samples=steps * together, steps=steps,
+        epochs=steps * together / max(1, rows), input_bytes=work.inputs(batch) / batch, step_seconds=seconds,
+        exposed_seconds=exposed, hours=hours, cost=None if price is None else hours * cfg.devices * price,
+        memory=asdict(need), room=room, advice=_advice(cfg, work, batch, accumulate, need, room), scaling=scaling,
+    )  # fmt: skip
+
+
+def _advice(cfg: DictConfig, work: plan.Work, batch: int, accumulate: int, need: plan.Memory, room: float) -> list[str]:
+    """What would make it fit, in the words to add."""
+    if need.total <= room:
+        return []
+    advice = [f"it does not fit: {_size(need.total)} are needed, {_size(room)} are there"]
+    if (fits := plan.largest_batch(work, room)) > 0:
+        times = -(-batch // fits)
+        advice.append(
+            f"data.batch_size={batch // times} trainer.accumulate_grad_batches={accumulate * times} fits (losses that "
+            f"compare the samples of a batch then see fewer)"
+        )
+    if not cfg.checkpoint_blocks:
+        advice.append("checkpoint_blocks=true keeps only what enters each block, for a third more work")
+    if cfg.trainer.precision == "32-true":
+        advice.append("trainer.precision=bf16-mixed halves most of the activations")
+    if (split := plan.memory(work, batch, shards=max(2, cfg.devices))).total <= room:
+        advice.append(f"sharded over {max(2, cfg.devices)} devices it would need {_size(split.total)}")
+    return advice
+
+
+def _lines(p: Plan, cfg: DictConfig) -> list[str]:
+    """The plan in words and numbers."""
+    rate = p.batch * p.accumulate * p.devices / p.step_seconds
+    took = "timed here" if cfg.gpu is None else f"assumed: {cfg.utilisation:.0%} of the peak"
+    memory = ", ".join(f"{name} {_size(size)}" for name, size in p.memory.items())
+    lines = {
+        "model": f"{p.params / 1e6:.3g}M parameters, {p.trained / 1e6:.3g}M learn",
+        "length": f"{p.steps:,} steps x {p.batch * p.accumulate * p.devices:,} samples = {p.epochs:.4g} epochs",
+        "work": f"{p.flops / 1e9:.4g} GFLOP a sample, {p.flops * p.samples:.3g} FLOP in all",
+        "step": f"{p.step_seconds * 1e3:.4g} ms ({took}), {rate:,.4g} samples/s",
+        "data": f"{_size(rate * p.input_bytes)}/s into the step",
+        "memory": f"{_size(sum(p.memory.values()))} of {_size(p.room)} a device: {memory}",
+        "time": f"{_hours(p.hours)}, {p.hours * p.devices:,.3g} device hours"
+        + ("" if p.cost is None else f", about {p.cost:,.0f} dollars"),
+    }
+    if p.exposed_seconds > 0:
+        lines["step"] += f", {p.exposed_seconds / p.step_seconds:.0%} of it waiting for gradients"
+    if p.scaling:
+        shares = ", ".join(f"{n}: {share:.0%}" for n, share in p.scaling)
+        lines["scaling"] = f"simulated from message sizes and bandwidths, speed beside perfect scaling: {shares}"
+    head = f"[bold]{p.name}[/bold] on {p.devices} x {p.where}, {p.precision}, {p.batch} samples each"
+    if cfg.compile:
+        lines["compile"] = "left out of these figures"
+    return [head, *(f"{name:<11}{text}" for name, text in lines.items()), *(f"-> {line}" for line in p.advice)]
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
