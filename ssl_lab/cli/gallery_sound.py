@@ -15,6 +15,7 @@ from ssl_lab.analysis.spectrogram import Span, Utterance, alignments
 from ssl_lab.evals.base import Precision, Round, evaluating
 from ssl_lab.generation.ctc import times, words
 from ssl_lab.generation.listen import Recogniser
+from ssl_lab.nn.mel import LogMel
 from ssl_lab.pictures import save_png
 from ssl_lab.types import Classifies, Embeds
 
@@ -112,6 +113,8 @@ def drawn_alignments(method: nn.Module, data: Any, precision: Precision = nullco
     tokenizer, rate = data.tokenizer, data.sampling_rate
     if not hasattr(method, "emissions") or front is None or seconds is None or tokenizer is None:
         return None
+    if not hasattr(front, "energies"):
+        front = LogMel(rate, 40).to(next(method.parameters()).device)  # of a network on samples
     recogniser = Recogniser(method, tokenizer, rate)
     rows = torch.linspace(0, len(data.test) - 1, min(_SHOWN, len(data.test))).long()
     batch = data.eval_views(data.test.read(rows.tolist()).data, rows, 0)
