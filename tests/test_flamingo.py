@@ -23,6 +23,7 @@ from ssl_lab.nn.connectors import ResamplerConnector
 from ssl_lab.nn.ffn import GLU
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.norm import RMSNorm
+from ssl_lab.train import checkpoint
 from ssl_lab.types import Batch
 
 MARK, D = 30, 32
@@ -258,5 +259,16 @@ def test_the_method_learns_and_freezes(tmp_path):
         gates.append(float(step.logs["gate"]))
     assert losses[-1] < 0.7 * losses[0] and gates[0] == 0 < gates[-1]
     assert all(torch.equal(p, frozen[n]) for n, p in inner.named_parameters() if n in frozen)
+    checkpoint.write({"state_dict": inner.state_dict()}, tmp_path / "step=25.ckpt")
+    again = Flamingo(made(), weights=str(tmp_path / "step=25.ckpt")).double().train()
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in inner.named_parameters())
     with pytest.raises(UserError, match="name some of vision"):
         Flamingo(made(), train=["eyes"])
+
+
+def test_features_kept_in_memory_give_the_same_loss():
+    plain, keeping = (Flamingo(opened(), cache_features=kept).double().train() for kept in (False, True))
+    given = batch() | {"image_ids": torch.tensor([7, 8, 9])}
+    first, second, third = (m.step(given, 0.5).loss for m in (plain, keeping, keeping))
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-12)
+    assert torch.equal(second, third) and len(keeping._kept) == 3

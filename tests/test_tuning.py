@@ -17,6 +17,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.nn.adapters import Adapters
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.lora import LoRA, LoRALinear, fuse_, merge_, unmerge_
+from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.mel import LogMel
 from ssl_lab.nn.prefix import Prefixes
 from ssl_lab.nn.prompt import Prompts
@@ -278,3 +279,26 @@ def test_no_gradient_of_a_frozen_weight_is_made():
     weigh(method.encoder(WORDS).tokens).backward()
     assert all((p.grad is None) != p.requires_grad for n, p in method.encoder.named_parameters() if "blocks.1" in n)
     assert all(p.grad is None for n, p in method.encoder.named_parameters() if "blocks.0" in n)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        AttnMask(causal=True, valid=VALID).after(2),
+        AttnMask(causal=True, segments=torch.arange(9).expand(3, -1) // 4, window=3).after(2),
+        AttnMask(valid=VALID, window=3).after(2),
+        AttnMask(causal=True, chunk=4, valid=VALID).after(2),
+        AttnMask(causal=True, prefix=torch.tensor([0, 3, 5]), valid=VALID).after(2),
+        AttnMask(segments=torch.arange(11).expand(3, -1) // 4, asked=torch.tensor([[0, 1, 2, 7]] * 3)),
+    ],
+)
+def test_the_rule_is_the_same_dense_and_as_a_predicate(mask):
+    length = 9 if mask.asked is None else 4
+    dense = mask.dense(length, 11, "cpu").expand(3, 1, length, 11)
+    b, q, k = torch.meshgrid(torch.arange(3), torch.arange(length), torch.arange(11), indexing="ij")
+    said = mask.mask_mod(length, 11)(b, torch.zeros_like(b), q, k)
+    assert torch.equal(said, dense[:, 0])
+    if mask.free:
+        assert dense[..., :2].all() and not dense.all()
+    else:
+        assert not dense[:, :, 3].any()  # nobody has this id: such a query sees nothing

@@ -86,7 +86,7 @@ def test_other_starting_weights_are_refused(whole, base, tmp_path, capsys):
         assert "tuned from other starting weights" in capsys.readouterr().err
     finally:
         base.write_bytes(kept)
-    lean = checkpoint.find(whole)
+    lean = whole / "checkpoints" / checkpoint.LAST
     assert main([*WORDS, f"method.encoder.weights={lean}", f"out={tmp_path / 'run'}"]) == 2
     assert "holds what was tuned alone" in capsys.readouterr().err
 

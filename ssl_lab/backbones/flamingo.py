@@ -1,4 +1,4 @@
-"""Flamingo (Alayrac et al., 2022, arXiv:2204.14198): a frozen language model that looks at images between its blocks."""
+"""Flamingo (Alayrac et al., 2022, arXiv:2204.14198): a frozen language model that looks at images."""
 
 from collections.abc import Callable
 
@@ -126,29 +126,16 @@ class GatedVisionLanguage(VisionLanguage):
             look.train(mode)
         return self
 
-    def forward(
+    def spliced(
         self,
         tokens: Tensor,
-        images: Tensor | None = None,
+        visual: Tensor,
         *,
         valid: Tensor | None = None,
         segments: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Encoded, Tensor | None]:
-        """Encode rows and their images.
-
-        Args:
-            tokens: (B, L) int64, with the marker in the place of each image, which stays a token.
-            images: (N, C, H, W) float, normalised, of all rows in order of appearance; None or N = 0: there are none.
-            valid: (B, L) bool, False = padding on either side.
-            segments: (B, L) int64 conversation of each token of a packed row, -1 = padding.
-            labels: (B, L) int64 of the next token, given back as they are.
-
-        Raises:
-            UserError: as many markers as images are wanted.
-        """
-        there = images is not None and len(images) > 0
-        visual = self.see(images) if there and images is not None else self._nothing(tokens, images)
+        """As `forward`, of images (N, R, D) that have been seen; rows stay as they are, and so do their labels."""
         memory, mask = self.media(tokens, visual, valid=valid, segments=segments)
         return self.read(tokens, memory, mask, valid=valid, segments=segments), labels
 

@@ -1,15 +1,15 @@
 """Flamingo (arXiv:2204.14198): a frozen language model learns to look at images through gated cross-attention."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ssl_lab.backbones.flamingo import GatedVisionLanguage
-from ssl_lab.backbones.vlm import PARTS, Part
+from ssl_lab.backbones.vlm import Part
 from ssl_lab.errors import UserError
-from ssl_lab.losses.lm import token_nll
-from ssl_lab.methods.llava import LLaVA, load
+from ssl_lab.methods.llava import LLaVA
+from ssl_lab.train import checkpoint
 from ssl_lab.types import Batch, Step
 
 
@@ -23,6 +23,7 @@ class Flamingo(LLaVA):
         model: image encoder, connector and decoder with gated blocks.
         train: parts that learn beside the gated blocks: connector, and where nothing is pre-trained vision and decoder.
         weights: begin from a run of this method: its run folder or a checkpoint in it.
+        cache_features: see `LLaVA`.
 
     Raises:
         UserError: unknown parts, or weights of another connector, image encoder or decoder.
@@ -31,27 +32,25 @@ class Flamingo(LLaVA):
     model: GatedVisionLanguage
 
     def __init__(
-        self, model: GatedVisionLanguage, *, train: Sequence[Part] = ("connector",), weights: str | None = None
+        self,
+        model: GatedVisionLanguage,
+        *,
+        train: Sequence[Part] = ("connector",),
+        weights: str | None = None,
+        cache_features: bool = False,
     ) -> None:
-        super().__init__(model, train=train)
         if not isinstance(model, GatedVisionLanguage):
             raise UserError("flamingo needs a language model with gated blocks: set method.model as in conf/method")
+        super().__init__(model, train=train, weights=weights, cache_features=cache_features)
         if weights is not None:
-            load(model, weights)
-        self.model.freeze(*(part for part in PARTS if part not in train))
+            found = checkpoint.find(Path(weights).expanduser())
+            marker = None if found is None else checkpoint.read(found, lazy=True)["state_dict"].get("model.marker")
+            if marker is None:
+                raise UserError(f"weights={weights} is no run of flamingo: the marker has no embedding there")
+            with torch.no_grad():
+                model.marker.copy_(marker)
 
     def step(self, batch: Batch, progress: float) -> Step:
         step = super().step(batch, progress)
         gates = [p.detach() for name, p in self.model.named_parameters() if name.endswith(".gate")]
         return Step(step.loss, {**step.logs, "gate": torch.stack(gates).tanh().abs().mean()})
-
-    def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        encoded, labels = self.model(
-            batch["tokens"],
-            batch.get("images"),
-            valid=batch.get("valid"),
-            segments=batch.get("segments"),
-            labels=batch["labels"],
-        )
-        assert labels is not None
-        return token_nll(encoded.tokens, self.model.decoder.head_weight, labels), labels

@@ -50,7 +50,8 @@ class Adapters(Tuning):
             like = next(block.parameters())
             for name, residual in block.items():
                 if fits(name, self.after):
-                    residual.adapter = Adapter(cast(int, residual.dim), self.hidden, act=self.act).to(like.device, like.dtype)
+                    adapter = Adapter(cast(int, residual.dim), self.hidden, act=self.act)
+                    residual.adapter = adapter.to(like.device, like.dtype)
 
 
 class Adapter(nn.Module):
