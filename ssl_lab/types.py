@@ -22,6 +22,7 @@ class Batch(TypedDict, total=False):
     image: Tensor  # (B, C, H, W) float, normalised
     images: Tensor  # (N, C, H, W) float, normalised: of all conversations, in order of appearance
     image_rows: Tensor  # (N,) int64 row of `tokens` that each of `images` belongs to
+    image_ids: Tensor  # (N,) int64 number of each of `images` in its set, where views draw nothing
     views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
     audio: Tensor  # (B, S) float32 mono samples in about [-1, 1], zeros at the end
     audio_valid: Tensor  # (B, S) bool, False = padding

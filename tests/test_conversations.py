@@ -17,7 +17,7 @@ from ssl_lab.data.conversation_views import ConversationViews, packed
 from ssl_lab.data.conversations import Conversations, Dialogue
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.data.tokenizer_train import train
-from ssl_lab.data.views import Resize
+from ssl_lab.data.views import Crop, Resize
 from ssl_lab.errors import UserError
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.nn.positions import Learned
@@ -145,6 +145,8 @@ def test_padded_and_packed_rows_have_one_loss():
     views = ConversationViews(Resize(32))
     one = views(data, at, 0)
     assert one["images"].shape == (4, 3, 32, 32) and one["image_rows"].tolist() == [0, 2, 2, 3]
+    assert one["image_ids"].tolist() == [0, 1, 2, 3]
+    assert "image_ids" not in ConversationViews(Crop(32))(data, at, 0)
     assert (one["tokens"] == encode.image).sum(1).tolist() == [1, 0, 2, 1]
     for pack in (20, 60, 200):
         other = ConversationViews(Resize(32), pack=pack, image_length=16)(data, at, 0)
@@ -260,7 +262,7 @@ def test_conversations_of_llava(tmp_path):
     read = conversations(tmp_path, encode, image_folder=tmp_path / "pictures").read([0, 1, 2, 3])
     asked = [messages[0]["content"] for messages in read.data.messages]
     assert asked == [f"{MARKER}\nwhat?", "sure?", f"{MARKER} or {MARKER}", f"{MARKER}\nwhat?"]
-    assert read.data.counts == [1, 0, 2, 1] and len(source) == 3  # a file alone is divided
+    assert [len(x) for x in read.data.numbers] == [1, 0, 2, 1] and len(source) == 3  # a file alone is divided
     levels = [int(image.float().mean()) for image in read.data.images]
     assert levels == [0, 100, 200, 100]
     blobs = [(tmp_path / "pictures" / f"{i}.png").read_bytes() for i in range(3)]
@@ -271,7 +273,11 @@ def test_conversations_of_llava(tmp_path):
     for split in ("train", "test"):
         pq.write_table(pa.table(inside), folder / f"{split}.parquet")
     read = conversations(folder, encode).read([0, 1, 2])
-    assert read.data.counts == [1, 0, 2] and [int(x.float().mean()) for x in read.data.images] == [0, 100, 200]
+    assert [len(x) for x in read.data.numbers] == [1, 0, 2] and [int(x.float().mean()) for x in read.data.images] == [
+        0,
+        100,
+        200,
+    ]
     assert read.data.messages[2][0]["content"] == f"{MARKER}\n{MARKER}\nwhat?"
     (tmp_path / "other.json").write_text(json.dumps([{"messages": [{"from": "robot", "value": "a"}]}] * 2))
     with pytest.raises(UserError, match="a turn of 'robot'"):

@@ -65,6 +65,28 @@ def test_parts_are_named():
             LLaVA(small(), **wrong)
 
 
+def test_features_of_a_frozen_encoder_are_computed_once(caplog):
+    plain, kept = LLaVA(small()).train(), LLaVA(small(), cache_features=True).train()
+    given = batch() | {"image_ids": torch.tensor([4, 2, 4])}
+    given["images"] = given["images"][[0, 1, 0]]
+    calls = []
+    kept.model.vision.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        kept.zero_grad(), plain.zero_grad()
+        one, other = (method.step(given, 0.5).loss for method in (plain, kept))
+        one.backward(), other.backward()
+        assert gap(one, other) < 1e-12
+        assert gap(plain.model.connector.fc1.weight.grad, kept.model.connector.fc1.weight.grad) < 1e-12
+    assert len(calls) == 2 and "KiB an image" in caplog.text
+    kept.step(batch(with_images=False), 0.5)
+    kept.eval().step(given, 0.5)
+    assert len(calls) == 4  # an empty image for the connector, and evaluation, which has images of its own
+    with pytest.raises(UserError, match="draw nothing"):
+        kept.train().step(batch(), 0.5)
+    with pytest.raises(UserError, match="does not learn"):
+        LLaVA(small(), train=["vision"], cache_features=True)
+
+
 def test_answers_are_what_the_logits_say_of_one_row_alone():
     method = LLaVA(small()).eval()
     given = batch()

@@ -8,7 +8,7 @@ from torch import Tensor
 from ssl_lab.data.conversation_text import Encoded
 from ssl_lab.data.conversations import Talks, image_rows
 from ssl_lab.data.text_pad import IGNORE, padded, padding
-from ssl_lab.data.views import Views
+from ssl_lab.data.views import Resize, Views
 from ssl_lab.errors import UserError
 from ssl_lab.types import Batch
 
@@ -20,7 +20,7 @@ class ConversationViews:
 
     That is `valid` (B, L) bool; or, of packed rows, `segments` (R, L) int64: the number of the conversation, -1 =
     padding. A marker stands for each image, labels are of the next token and -100 but for answers. Images whose marker
-    was cut off are left out.
+    was cut off are left out. Where the view of the image draws nothing, `image_ids` (N,) tell the images apart.
 
     Args:
         image: views of the images alone, such as `Resize` or `Crop`.
@@ -49,6 +49,9 @@ class ConversationViews:
         fill = padding(data.encode.tokenizer)
         batch = Batch(image_rows=image_rows([row.images for row in rows]))
         batch["images"] = self._images(data, rows, position, seed)
+        if isinstance(self.image, Resize):
+            ids = [i for row, numbers in zip(rows, data.numbers, strict=True) for i in numbers[: row.images]]
+            batch["image_ids"] = torch.tensor(ids, dtype=torch.int64)
         if self.pack is None:
             batch["tokens"] = padded([row.tokens for row in rows], fill)
             batch["labels"] = padded([row.labels for row in rows], IGNORE)
@@ -62,7 +65,9 @@ class ConversationViews:
         order = [i for one in bins for i in one]
         firsts = [sum(row.images for row in rows[:i]) for i in range(len(rows))]
         picked = [firsts[i] + k for i in order for k in range(rows[i].images)]
-        batch["images"] = batch["images"][picked]
+        for name in ("images", "image_ids"):
+            if name in batch:
+                batch[name] = batch[name][picked]  # type: ignore[literal-required]
         row_of = {i: number for number, one in enumerate(bins) for i in one}
         batch["image_rows"] = torch.tensor([row_of[i] for i in order for _ in range(rows[i].images)], dtype=torch.int64)
         return batch
@@ -71,10 +76,10 @@ class ConversationViews:
         """(N, 3, H, W) of those that are mentioned, each with draws of its own."""
         kept, places = list[int](), list[int]()
         first = 0
-        for row, count, place in zip(rows, data.counts, position.tolist(), strict=True):
+        for row, numbers, place in zip(rows, data.numbers, position.tolist(), strict=True):
             kept += range(first, first + row.images)
             places += [place + k * _APART for k in range(row.images)]
-            first += count
+            first += len(numbers)
         if not kept:
             side = int(getattr(self.image, "size", 1))
             return torch.zeros(0, 3, side, side)

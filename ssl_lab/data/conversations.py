@@ -27,10 +27,10 @@ class Dialogue:
 
 @dataclass(slots=True)
 class Talks:
-    """What the views take: `images` of all conversations in order, as in `Samples`, and how many each one has."""
+    """What the views take: `images` of all conversations in order, as in `Samples`, and which each one has."""
 
     images: Any
-    counts: list[int]
+    numbers: list[tuple[int, ...]]
     messages: list[tuple[Message, ...]]
     encode: ConversationEncoder
 
@@ -93,7 +93,7 @@ class Conversations:
         else:
             raise UserError("no conversation was found whose images can be read: check the paths of the images")
         chosen = [self.dialogues[row] for row in used]
-        talks = Talks(found, [len(one.images) for one in chosen], [one.messages for one in chosen], self.encode)
+        talks = Talks(found, [one.images for one in chosen], [one.messages for one in chosen], self.encode)
         return Samples(talks, torch.full((len(used),), -1), torch.tensor(used, dtype=torch.int64))
 
     def _images(self, rows: Sequence[int]) -> tuple[Any, set[int]]:
