@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.cli.saved import load_config, run_folder
 from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.data import tokenizer as tokenizers
@@ -186,6 +187,8 @@ def _trained(spec: str, given: Tokenizer | None, trust: list[str]) -> Speaker:
 def _language(built: Any, spec: str) -> Decoder | EncoderDecoder:
     """The part that speaks."""
     parts = (built, getattr(built, "decoder", None), getattr(built, "model", None))
+    if any(isinstance(part, SpeechTransformer) for part in parts):
+        raise UserError(f"ckpt={spec} hears instead of reading: ssl-lab transcribe ckpt={spec} audio=<file or folder>")
     for part in parts:
         if isinstance(part, Decoder | EncoderDecoder):
             return part
