@@ -221,7 +221,7 @@ def test_questions_are_evaluated_beside_what_no_image_tells():
     given = next(iter(data.eval_loader("test")))
     seen = torch.tensor([True, False, True, True])
     nats = method.nll(given)[seen].sum() / (given["labels"][seen] != -100).sum()
-    assert looks["right"] == pytest.approx(float(nats), rel=1e-5)
+    assert looks["right"] == pytest.approx(nats.item(), rel=1e-5)
     assert looks["gain"] == pytest.approx(looks["shuffled"] - looks["right"]) and looks["none"] != looks["right"]
 
 
