@@ -205,6 +205,11 @@ def test_negatives_are_others_of_the_same_utterance_each_as_likely():
     assert sample_negatives(rows[:0], 5).shape == (0, 5)
     lonely, found = contrastive(noise(1, 4), noise(1, 4), torch.zeros(1, 2).long(), torch.zeros(1, 5).long())
     assert float(lonely) == 0 and bool(found)
+    parts = noise(6, 4).float(), noise(6, 4, seed=2).float(), torch.arange(6)[:, None], sample_negatives(rows[:4], 3)
+    parts = *(x[:4] for x in parts[:3]), parts[3]
+    with torch.autocast("cpu", torch.bfloat16):
+        half, _ = contrastive(*parts)
+    assert half.dtype == torch.float32 and torch.equal(half, contrastive(*parts)[0])
 
 
 def test_random_codes_are_the_nearest_entries_of_the_frames_a_token_sees():
