@@ -190,9 +190,7 @@ def test_what_the_weights_decide_is_said_and_entered(saved):
     _, spec = saved("dinov2_registers")
     cfg, lines = config("dino", spec), []
     build_method(cfg, 0, lines.append)
-    assert lines == [
-        f"encoder: dim 32, depth 2, num_registers 3, num_heads 4, mlp_ratio 2, layer_scale, as in {spec}"
-    ]
+    assert lines == [f"encoder: dim 32, depth 2, num_registers 3, num_heads 4, mlp_ratio 2, layer_scale, as in {spec}"]
     assert (cfg.encoder.dim, cfg.encoder.num_registers, cfg.encoder.block.mlp_ratio) == (32, 3, 2.0)
     again = []
     assert build_method(cfg, 0, again.append) and not again  # it fits now
