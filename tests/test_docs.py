@@ -20,6 +20,7 @@ VERBS = (
     "evaluate",
     "generate",
     "chat",
+    "plan",
     "transcribe",
     "export",
     "bench",
@@ -139,12 +140,13 @@ def test_every_command_of_a_page_works(page, tmp_path, monkeypatch, capsys):
         if words[1] == "transcribe" and not find_spec("soundfile"):
             continue
         argv = toy(words[1:])
-        for name, seed in re.findall(r"runs/(\w+)/(\d+)", command):
-            if not Path(f"runs/{name}/{seed}").exists() and (ROOT / f"conf/experiment/{name}.yaml").exists():
-                path = ["data.path=photos"] if "folder" in name else []
-                assert main(toy([f"experiment={name}", f"seed={seed}", *path])) == 0
         lacking = [name for name, package in EXTRAS.items() if name in command and not find_spec(package)]
         if lacking or (NETWORK.search(command) and "list" not in words):
             argv = [*words[1:], "--cfg", "job"]
+        else:
+            for name, seed in re.findall(r"runs/(\w+)/(\d+)", command):
+                if not Path(f"runs/{name}/{seed}").exists() and (ROOT / f"conf/experiment/{name}.yaml").exists():
+                    path = ["data.path=photos"] if "folder" in name else []
+                    assert main(toy([f"experiment={name}", f"seed={seed}", *path])) == 0
         code = main(argv)
         assert code == 0, f"{page.name}: {command}\nrun as {argv}\n{capsys.readouterr().err}"
