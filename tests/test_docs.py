@@ -78,7 +78,7 @@ def toy(words: list[str]) -> list[str]:
     """The same command, made small wherever it does not say otherwise."""
     verb = next((w for w in words if w in VERBS), "train")
     text = " ".join(words)
-    if verb not in ("train", "bench", "evaluate") or "--help" in words:
+    if verb not in ("train", "bench", "plan", "evaluate") or "--help" in words:
         return words
     more: dict[str, str] = {}
     if verb != "evaluate":

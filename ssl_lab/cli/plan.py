@@ -81,6 +81,7 @@ def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
     cfg = DictConfig(OmegaConf.to_container(cfg))
     with open_dict(cfg):
         cfg.trainer.devices, cfg.trainer.strategy, cfg.compile = 1, "auto", False
+        cfg.data.num_workers = 0
         if gpu is not None:
             cfg.trainer.accelerator = "cpu"
             cfg.trainer.precision = str(cfg.trainer.precision).replace("16-mixed", "bf16-mixed").replace("bfb", "b")
@@ -183,7 +184,7 @@ def _lines(p: Plan, cfg: DictConfig) -> list[str]:
         "length": f"{p.steps:,} steps x {p.batch * p.accumulate * p.devices:,} samples = {p.epochs:.4g} epochs",
         "work": f"{p.flops / 1e9:.4g} GFLOP a sample, {p.flops * p.samples:.3g} FLOP in all",
         "step": f"{p.step_seconds * 1e3:.4g} ms ({took}), {rate:,.4g} samples/s",
-        "data": f"{_size(rate * p.input_bytes)}/s into the step",
+        "data": f"{_size(rate * p.input_bytes)}/s into the steps of all devices",
         "memory": f"{_size(sum(p.memory.values()))} of {_size(p.room)} a device: {memory}",
         "time": f"{_hours(p.hours)}, {p.hours * p.devices:,.3g} device hours"
         + ("" if p.cost is None else f", about {p.cost:,.0f} dollars"),

@@ -45,7 +45,7 @@ EXAMPLES = {
     "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
     "plan": [
         "ssl-lab plan experiment=quickstart",
-        "ssl-lab plan experiment=mae_in1k data=shapes data.image_size=224 rows=1281167 gpu=h100 devices=64",
+        "ssl-lab plan experiment=mae_in1k data.path=/my/imagenet gpu=h100 devices=64",
     ],
     "tokenizer": [
         "ssl-lab tokenizer data.path=my.txt vocab_size=8192 out=tokenizers/mine",
