@@ -96,15 +96,6 @@ def largest_batch(work: Work, room: float, *, shards: int = 1) -> int:
     return low
 
 
-def compute_seconds(work: Work, batch: int, device: Accelerator | None, utilisation: float, *, half: bool) -> float:
-    """Of forward, backward and optimizer on one device; `device=None` is the machine of the probes."""
-    if device is None:
-        seconds = work.seconds(batch)
-        assert seconds is not None, "probes of this machine are timed"
-        return seconds
-    return work.flops(batch) / ((device.half if half else device.single) * utilisation)
-
-
 def traffic_seconds(work: Work, devices: int, device: Accelerator) -> float:
     """Of one average of all gradients: a ring within each machine, and one between machines for every device of them.
 
@@ -118,24 +109,19 @@ def traffic_seconds(work: Work, devices: int, device: Accelerator) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one step on a number of devices: seconds of work and of traffic that nothing hides, and what they come to."""
+    """Of one step on a number of devices: seconds of work, and of traffic that nothing hides."""
 
-    devices: int
     compute: float
     exposed: float
 
     @property
-    def step(self) -> float:
-        return self.compute + self.exposed
-
-    @property
     def efficiency(self) -> float:
         """Share of the speed that as many devices without traffic would have."""
-        return self.compute / self.step
+        return self.compute / (self.compute + self.exposed)
 
 
 def speed(work: Work, batch: int, devices: int, device: Accelerator, utilisation: float, *, half: bool) -> Speed:
     """Gradients travel during backward; what does not fit into it is waited for."""
-    compute = compute_seconds(work, batch, device, utilisation, half=half)
+    compute = work.flops(batch) / ((device.half if half else device.single) * utilisation)
     exposed = max(0.0, traffic_seconds(work, devices, device) - BACKWARD * compute) if devices > 1 else 0.0
-    return Speed(devices, compute, exposed)
+    return Speed(compute, exposed)

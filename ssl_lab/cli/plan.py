@@ -21,6 +21,7 @@ from ssl_lab.errors import UserError
 
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
 _ROUNDS = 4  # timed steps of each probe, after one that is not
+_ON_CPU = {"16": "bf16-mixed", "16-mixed": "bf16-mixed", "16-true": "bf16-true"}  # as wide, where fp16 is refused
 _SCALES = (1, 8, 64, 256, 1024)
 
 
@@ -81,10 +82,11 @@ def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
     cfg = DictConfig(OmegaConf.to_container(cfg))
     with open_dict(cfg):
         cfg.trainer.devices, cfg.trainer.strategy, cfg.compile = 1, "auto", False
-        cfg.data.num_workers = 0
+        if "num_workers" in cfg.data:
+            cfg.data.num_workers = 0  # a few batches are not worth starting processes
         if gpu is not None:
             cfg.trainer.accelerator = "cpu"
-            cfg.trainer.precision = str(cfg.trainer.precision).replace("16-mixed", "bf16-mixed").replace("bfb", "b")
+            cfg.trainer.precision = _ON_CPU.get(str(cfg.trainer.precision), cfg.trainer.precision)
     training = rehearsal(cfg, str(folder / "run"), 1)
     method, data, batch = training.method, training.data, training.data.batch_size
     method.configure_model()
