@@ -15,7 +15,7 @@ from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.generate import PRECISIONS, device_named
 from ssl_lab.cli.saved import load_config, run_folder
-from ssl_lab.cli.tuned import rebuild, whole
+from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.conversation_text import ConversationEncoder, Message
 from ssl_lab.data.decode import Unreadable, decode
@@ -24,7 +24,6 @@ from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.seeing import stream_seen
 from ssl_lab.generation.words import Words
 from ssl_lab.nn.lora import fuse_
-from ssl_lab.train import checkpoint
 
 _ASK, _CHANGE = "> ", "/image "
 
@@ -156,14 +155,7 @@ def _partner(spec: str, trust: list[str], system: str | None) -> Partner:
     if encode is None or OmegaConf.select(OmegaConf.create(config), "method.model.vision") is None:
         raise UserError(f"ckpt={spec} is a run that sees no pictures in a text: give one with method=llava")
     method, base = rebuild(config)
-    found = path if path.is_file() else checkpoint.find(path)
-    if found is None:
-        raise UserError(f"ckpt={spec} has no checkpoint yet: train longer, or give another folder")
-    try:
-        method.load_state_dict(whole(checkpoint.read(found), base, found))
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    fill(method, base, newest(path, f"ckpt={spec}"))
     encoder = ConversationEncoder(
         tokenizers.load(folder),
         max_length=int(encode.max_length),

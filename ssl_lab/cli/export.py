@@ -13,7 +13,7 @@ from torch import nn
 
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.saved import load_config, run_folder
-from ssl_lab.cli.tuned import plain, rebuild, whole
+from ssl_lab.cli.tuned import fill, plain, rebuild
 from ssl_lab.data import tokenizer
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -91,11 +91,7 @@ def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Stats 
         return io.build(path), None
     config = load_config(folder, trust)
     method, base = rebuild(config)
-    try:
-        method.load_state_dict(whole(mean.read(path if average > 1 else found, average), base, found))
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    fill(method, base, found, mean.read(path, average) if average > 1 else None)
     plain(method, f"ckpt={path} cannot be exported")
     views = (config.get("data") or {}).get("eval_views") or {}
     return method, STATS.get(views.get("stats", ""))

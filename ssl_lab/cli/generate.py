@@ -16,7 +16,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.cli.saved import load_config, run_folder
-from ssl_lab.cli.tuned import rebuild, whole
+from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
@@ -27,7 +27,6 @@ from ssl_lab.generation.prompts import chat
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.words import Words
 from ssl_lab.nn.lora import fuse_
-from ssl_lab.train import checkpoint
 from ssl_lab.weights import gguf, text
 
 DEFAULT_NEW = 100
@@ -173,14 +172,7 @@ def _trained(spec: str, given: Tokenizer | None, trust: list[str]) -> Speaker:
         )
     method, base = rebuild(load_config(folder, trust))
     model, tokenizer = _language(method, spec), given or _beside(folder)
-    found = path if path.is_file() else checkpoint.find(path)
-    if found is None:
-        raise UserError(f"ckpt={spec} has no checkpoint yet: train longer, or give another folder")
-    try:
-        method.load_state_dict(whole(checkpoint.read(found), base, found))
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    fill(method, base, newest(path, f"ckpt={spec}"))
     return Speaker(fuse_(model), tokenizer, getattr(method, "start_token", 0))
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.cli.generate import PRECISIONS, device_named
 from ssl_lab.cli.saved import load_config, run_folder
-from ssl_lab.cli.tuned import rebuild, whole
+from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.audio_decode import decode_audio
 from ssl_lab.data.decode import Unreadable
@@ -22,7 +22,6 @@ from ssl_lab.generation.ctc import CTCBeam, Score
 from ssl_lab.generation.listen import Recogniser
 from ssl_lab.generation.ngram import DecoderScore, WordScore, read_arpa
 from ssl_lab.nn.lora import fuse_
-from ssl_lab.train import checkpoint
 from ssl_lab.types import Transcribes
 
 _LEAST = 0.5  # seconds of overlap: less would cut into what a frame sees
@@ -153,13 +152,6 @@ def _loaded(spec: str, trust: list[str], key: str) -> tuple[Any, Tokenizer | Non
     config = load_config(folder, trust)
     method, base = rebuild(config)
     rate = (config.get("data") or {}).get("sampling_rate")
-    found = path if path.is_file() else checkpoint.find(path)
-    if found is None:
-        raise UserError(f"{key}={spec} has no checkpoint yet: train longer, or give another folder")
-    try:
-        method.load_state_dict(whole(checkpoint.read(found), base, found))
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found} does not fit the method in {folder / 'config.yaml'}: {line}") from None
+    fill(method, base, newest(path, f"{key}={spec}"))
     tokenizer = tokenizers.load(folder) if (folder / "tokenizer.json").is_file() else None
     return fuse_(method), tokenizer, rate

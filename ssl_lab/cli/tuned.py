@@ -1,6 +1,7 @@
 """The door of `tuning=...`: between a method with its starting weights and its optimizer, and the way back to a run."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,12 +9,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ssl_lab.cli.compose import build
-from ssl_lab.cli.saved import without_downloads
+from ssl_lab.cli.saved import run_folder, without_downloads
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.lora import fuse_
 from ssl_lab.nn.tuning import added
 from ssl_lab.rng import fold
+from ssl_lab.train import checkpoint
 from ssl_lab.train.base import Base
 
 
@@ -52,6 +54,33 @@ def whole(content: Mapping[str, Any], base: Base | None, path: Any) -> dict[str,
         UserError: it was tuned from other weights.
     """
     return (content if base is None else base.put_back(content, path))["state_dict"]
+
+
+def newest(path: Path, named: str) -> Path:
+    """The checkpoint that `path` is, or the newest verified one of the run folder that it is; `named` as a person did.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    found = path if path.is_file() else checkpoint.find(path)
+    if found is None:
+        raise UserError(f"{named} has no checkpoint yet: train longer, or give another folder")
+    return found
+
+
+def fill(method: nn.Module, base: Base | None, found: Path, content: Mapping[str, Any] | None = None) -> None:
+    """Load a checkpoint of a run into its rebuilt method; `content` instead of what is in the file, such as a mean.
+
+    The averaged weights count where there are such.
+
+    Raises:
+        UserError: it was tuned from other weights, or belongs to another method than its folder's config.yaml.
+    """
+    try:
+        method.load_state_dict(whole(checkpoint.read(found) if content is None else content, base, found))
+    except RuntimeError as error:
+        line, folder = str(error).splitlines()[-1].strip(), run_folder(found)
+        raise UserError(f"{found} does not fit the method in {folder}/config.yaml: {line}") from None
 
 
 def plain(network: nn.Module, why: str) -> None:
