@@ -1,6 +1,9 @@
 """Batches by number: which samples they hold and how they look follows from the number alone."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +87,19 @@ class _Batches(Dataset[Batch | UserError]):
             return error
 
 
-def _outlive_signals(worker: int) -> None:
-    """A cluster or a terminal signals every process of a job; training needs its workers until it ends in order."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a worker not made by fork has no handlers of ours
+def _live_with_training(worker: int) -> None:
+    """A worker's life is that of the training process: it outlives every signal to the job, and nothing else."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # training needs its workers until it ends in order
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_training, daemon=True).start()
+
+
+def _end_with_training() -> None:
+    """PyTorch's own watch looks at the parent process, which is the fork server where that made the worker."""
+    training = multiprocessing.parent_process()
+    if training is not None:
+        training.join()
+        os._exit(1)
 
 
 class Loader:
@@ -107,7 +119,7 @@ class Loader:
             sampler=self.numbers(),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_live_with_training,
             generator=torch.Generator(),  # else every iteration would advance the global random state
         )
         for batch in loader:
