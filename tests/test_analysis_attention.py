@@ -12,6 +12,7 @@ from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.nn.block import encoder_block
+from ssl_lab.nn.prefix import Prefix
 from ssl_lab.weights import io
 from ssl_lab.weights.rename import rename
 from ssl_lab.weights.tables import hf_dinov2, hf_vit
@@ -58,6 +59,24 @@ def test_weights_times_values_give_the_output_of_the_kernel(kernel):
     value = caught["v"].unflatten(-1, (4, 8)).transpose(1, 2)
     assert gap((weights @ value).transpose(1, 2).flatten(2), caught["out"]) <= 1e-12
     assert weights.shape == (2, 4, 19, 19) and gap(weights.sum(-1), torch.ones(2, 4, 19).double()) <= 1e-12
+
+
+def test_an_own_scale_and_a_tuned_prefix_count():
+    """What the prefix takes is missing from the sums; without it and at the same scale they are 1."""
+    encoder = vit(block=functools.partial(encoder_block, kernel="eager"))
+    attention, caught = encoder.blocks[-1]["attn"].fn, {}
+    attention.scale = 0.7
+    attention.prefix = randomise(Prefix(3, 4, 8))
+    attention.qkv.register_forward_hook(lambda *call: caught.update(v=call[2][..., 64:]))
+    attention.proj.register_forward_pre_hook(lambda _, args: caught.update(out=args[0]))
+    weights, _ = attention_weights(encoder, images())
+    left = 1 - weights.sum(-1)
+    assert weights.shape == (2, 4, 17, 17) and (left > 0).all()
+    attention.prefix = None
+    alone, _ = attention_weights(encoder, images())
+    assert gap(weights / weights.sum(-1, keepdim=True), alone) <= 1e-12
+    value = caught["v"].unflatten(-1, (4, 8)).transpose(1, 2)
+    assert gap((alone @ value).transpose(1, 2).flatten(2), caught["out"]) <= 1e-12
 
 
 def test_without_a_class_token_patches_are_averaged():

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf, open_dict
-from parity import randomise
+from parity import gap, randomise
 from safetensors.torch import save_file
 from test_parity_text import BERT, GPT2, LLAMA, LLAMA3
 
@@ -16,6 +16,7 @@ from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.starting import build_method
 from ssl_lab.errors import UserError
+from ssl_lab.methods.masked_lm import MaskedLM
 from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
 from ssl_lab.nn.positions import ALiBi
 from ssl_lab.nn.recipes import llama_block, rms_norm
@@ -144,6 +145,19 @@ def test_heads_of_bert_come_along(heads, cls, tmp_path):
         again = MaskedLMHead(32, 37) if isinstance(head, MaskedLMHead) else PoolerHead(32, head.out.out_features)
         text.load_head(again, f"hf:{tmp_path}")
         assert same(again, head)
+
+
+def test_masked_words_go_on_with_the_head_that_belongs_to_the_encoder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text_export.to_hf(model(BERT), tmp_path, heads=[randomise(MaskedLMHead(32, 37), seed=5).float()])
+    encoder = text.build(f"hf:{tmp_path}")
+    method = MaskedLM(encoder, head_weights=f"hf:{tmp_path}").eval()
+    tokens = torch.randint(0, 37, (2, 9))
+    labels = torch.where(torch.rand(2, 9) < 0.4, tokens, -100)
+    labels[:, 0] = 1
+    batch = {"tokens": tokens, "valid": torch.ones(2, 9, dtype=torch.bool), "labels": labels}
+    theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert gap(method.step(batch, 0.0).loss, theirs(tokens, labels=labels).loss) <= 1e-5
 
 
 def test_an_encoder_without_that_head(tmp_path):

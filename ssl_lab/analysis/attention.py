@@ -22,8 +22,9 @@ def attention_weights(encoder: nn.Module, image: Tensor, layer: int = -1) -> tup
     """Images (B, C, H, W) -> self-attention weights (B, heads, L, L) of a block, and what the encoder gave.
 
     The fused kernels never form the weights, so queries and keys are caught on their way into the kernel and
-    softmax(q k^T / sqrt(Dh)) is computed from them, in float32 at least. Rows and columns are the tokens of the block,
-    prefix first; dropout is left out. The encoder runs in its present mode; the caller sets eval mode and autocast.
+    softmax(scale * q k^T + bias) is computed from them, in float32 at least. Rows and columns are the tokens of the
+    block, prefix first; dropout and the columns of a tuned prefix, which are no tokens, are left out. The encoder runs
+    in its present mode; the caller sets eval mode and autocast.
 
     Raises:
         UserError: the block has no self-attention of ours.
@@ -43,10 +44,14 @@ def attention_weights(encoder: nn.Module, image: Tensor, layer: int = -1) -> tup
     q, k, ctx = (caught[name] for name in ("q", "k", "ctx"))
     if ctx.rope is not None:
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+    tokens, mask, bias = k.shape[2], ctx.mask, ctx.bias
+    if attention.prefix is not None:
+        k, _, mask, bias = attention.prefix(k, k, mask, bias)
+    scale = q.shape[-1] ** -0.5 if attention.scale is None else attention.scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        weights = attention_map(q.to(dtype), k.to(dtype), ctx.mask, q.shape[-1] ** -0.5)
-    return weights, encoded
+        weights = attention_map(q.to(dtype), k.to(dtype), mask, scale, bias=bias)
+    return weights[..., -tokens:], encoded
 
 
 @torch.no_grad()

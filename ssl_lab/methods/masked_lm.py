@@ -9,6 +9,7 @@ from ssl_lab.losses.lm import IGNORE, mean_over_tokens, nll
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
 from ssl_lab.types import Batch, Encoded, Pooling, Step
+from ssl_lab.weights.text import load_head
 
 
 class MaskedLM(Method):
@@ -19,18 +20,30 @@ class MaskedLM(Method):
         next_sentence: learn from pairs too: `target` (B,) is 0 where B follows A, 1 where it does not, as
             `MaskPairs` makes it.
         pooling: features for evaluation; None = the class token.
+        head_weights: begin with the heads of a BERT of transformers too, `hf:<folder or repository>`; the encoder has
+            `weights` of its own.
 
     Raises:
-        UserError: a causal encoder.
+        UserError: a causal encoder, or weights without such heads.
     """
 
-    def __init__(self, encoder: TextEncoder, *, next_sentence: bool = False, pooling: Pooling | None = "mean") -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        next_sentence: bool = False,
+        pooling: Pooling | None = "mean",
+        head_weights: str | None = None,
+    ) -> None:
         super().__init__()
         if encoder.causal:
             raise UserError("a masked token is told from both sides: set method.encoder.causal to false")
         self.encoder, self.pooling = encoder, pooling
         self.head = MaskedLMHead(encoder.dim, encoder.vocab_size)
         self.pooler = PoolerHead(encoder.dim, 2) if next_sentence else None
+        for head in (self.head, self.pooler):
+            if head_weights is not None and head is not None:
+                load_head(head, head_weights)
 
     def step(self, batch: Batch, progress: float) -> Step:
         encoded = read(self.encoder, batch)
