@@ -12,11 +12,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssl_lab.backbones.vit import ViT
+from ssl_lab.cli import export_llava
 from ssl_lab.cli.saved import load_config, run_folder
 from ssl_lab.cli.tuned import fill, plain, rebuild
 from ssl_lab.data import tokenizer
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
+from ssl_lab.methods.llava import LLaVA
 from ssl_lab.methods.mae import MAE
 from ssl_lab.methods.supervised import Supervised
 from ssl_lab.nn.heads import MaskedLMHead, PoolerHead
@@ -53,11 +55,14 @@ def run(cfg: DictConfig) -> None:
     method, stats = _read(path, list(cfg.trust), cfg.average)
     if isinstance(method, EmbedsPairs):
         writers |= _of_pairs(run_folder(path))
+    if isinstance(method, LLaVA):
+        writers["hf"] = functools.partial(export_llava.to_hf, run=run_folder(path), trust=list(cfg.trust))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         done = writers[cfg.to](method, Path(scratch), stats)
         for file in (run_folder(path) or path.parent).glob("tokenizer*.json"):
-            shutil.copy(file, scratch)
+            if not (Path(scratch) / file.name).exists():
+                shutil.copy(file, scratch)
         out.mkdir(exist_ok=True)
         names = sorted(os.listdir(scratch))
         for name in names:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ssl_lab.data.conversation_tokenizer import TEMPLATES, marker_of
 from ssl_lab.data.text_pad import IGNORE
@@ -67,6 +68,11 @@ class ConversationEncoder:
         self._config = self.tokenizer.config | chosen
         self.end: int = self([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).labels[-1]
         self.cut = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands in the tokenizer_config.json of the tokenizer, with the template that was chosen."""
+        return dict(self._config)
 
     def __call__(self, messages: Sequence[Message]) -> Encoded:
         """Of a whole conversation.
