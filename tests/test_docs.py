@@ -49,7 +49,7 @@ SEEING = {
 TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)_)"
 HEADS = {  # of methods: what they have beside the encoder, small
     "causal_lm": DECODER,
-    **dict.fromkeys(("ctc", "conformer"), {"eval": "[wer]"}),
+    **{name: {"eval": "[wer]"} for name in ("ctc", "conformer")},
     **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
     "flamingo": SEEING,
     "llava": SEEING | {"method.model.layer": "-1"},

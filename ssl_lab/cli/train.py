@@ -157,8 +157,8 @@ class Training:
 
     def _trainer(self) -> L.Trainer:
         cfg, weights = self.cfg, as_they_are if self.ema is None else self.ema.applied
-        guard, alarm = Guard(lambda: checkpoint.find(self.out)), CollapseAlarm(self.say)
-        every = {name: evaluator.every for name, evaluator in self.evaluators.items()}
+        guard = Guard(lambda: checkpoint.find(self.out), skip=cfg.skip_nonfinite, say=self.say)
+        alarm, every = CollapseAlarm(self.say), {name: evaluator.every for name, evaluator in self.evaluators.items()}
         self.pictures = Pictures(
             self.out / "pictures", self._draw, self.loggers, every=cfg.picture_steps, weights=weights
         )

@@ -47,6 +47,10 @@ class Center(nn.Module):
             self.center.lerp_((total[:-1] / total[-1]).to(self.center.dtype), 1 - self.momentum)
         self._total = torch.zeros_like(total)
 
+    def forget(self) -> None:
+        """Drop what was collected since the last `update`."""
+        self._total = torch.zeros_like(self._total)
+
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:

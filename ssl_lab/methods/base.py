@@ -15,7 +15,8 @@ from ssl_lab.types import Batch, Step
 
 
 class Method(L.LightningModule):
-    """A network and its objective. Subclasses write `step`, some `after_backward`, `after_step` or `param_groups`.
+    """A network and its objective. Subclasses write `step`, some `after_backward`, `after_step`, `after_skip`,
+    `param_groups`.
 
     They override no other hook, never log and never touch the trainer, so a method is tested with
     `method.step(batch, 0.5).loss.backward()` and trained with `L.Trainer(max_steps=...).fit(method, data)`.
@@ -25,12 +26,13 @@ class Method(L.LightningModule):
         parallel: compilation and activation checkpointing.
         seed: every random number of a step comes from (seed, global step, micro-batch, rank).
         samples_per_step: global batch times accumulation, for the scaling of the learning rate.
+        skipped: the latest step's loss or gradient was not finite, and it was left out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.optim, self.parallel = Optim(), Parallel()
-        self.seed, self.samples_per_step = 0, 256
+        self.seed, self.samples_per_step, self.skipped = 0, 256, False
 
     def step(self, batch: Batch, progress: float) -> Step:
         """Loss of one batch at `progress` in [0, 1] through training."""
@@ -41,6 +43,9 @@ class Method(L.LightningModule):
 
     def after_step(self, progress: float) -> None:
         """Called once per optimizer step: a teacher's update, a clamp."""
+
+    def after_skip(self) -> None:
+        """Called instead of `after_step` when a step is left out: forget what `step` has kept for it."""
 
     def param_groups(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters to train; those that need no gradient are left out by the optimizer."""
@@ -82,4 +87,5 @@ class Method(L.LightningModule):
         progress = self.progress
         self.optim.update(optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer, progress)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.after_step(progress)
+        if not self.skipped:
+            self.after_step(progress)

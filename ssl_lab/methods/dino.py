@@ -92,6 +92,9 @@ class DINO(Method):
         follow_(self.encoder, self.student, momentum)  # type: ignore[arg-type]
         follow_(self.head, self.student_head, momentum)
 
+    def after_skip(self) -> None:
+        self.center.forget()
+
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of the whole image, from the teacher."""
         return features(self.encoder, batch["image"], self.pooling)

@@ -135,6 +135,10 @@ class DINOv2(Method):
         if self.patch_head is not None and self.student_patch_head is not None:
             follow_(self.patch_head, self.student_patch_head, momentum)
 
+    def after_skip(self) -> None:
+        for center in filter(None, (self.center, self.patch_center)):
+            center.forget()
+
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) class token of the whole image, from the teacher."""
         return features(self.encoder, batch["image"], self.pooling)

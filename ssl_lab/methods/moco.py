@@ -84,6 +84,9 @@ class MoCo(Method):
         follow_(self.key_encoder, self.encoder, momentum)  # type: ignore[arg-type]
         follow_(self.key_head, self.head, momentum)
 
+    def after_skip(self) -> None:
+        self._keys.clear()
+
     def embed(self, batch: Batch) -> Tensor:
         """(B, D) features of the whole image, from the query encoder as in the paper."""
         return features(self.encoder, batch["image"], self.pooling)

@@ -46,6 +46,8 @@ class CollapseAlarm(L.Callback):
         probe = {key: value[:_PROBE] for key, value in batch.items() if isinstance(value, Tensor)}
         with aside(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
             features: Tensor = pl_module.embed(probe)  # type: ignore[arg-type]
+        if not features.isfinite().all():  # of a batch that is not finite itself: the guard's business
+            return
         self.values = {"train/feature_std": float(feature_std(features)), "train/rankme": float(rankme(features))}
         if len(features) > 4 and step >= 0.1 * trainer.max_steps:
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

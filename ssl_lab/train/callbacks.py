@@ -53,6 +53,10 @@ class EMA(WeightAveraging):
             raise UserError(f"ema={decay} is no decay of an average: give a number between 0 and 1, such as 0.999")
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        if not pl_module.skipped:  # a step that was left out is none of the average's either
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
     @contextlib.contextmanager
     def applied(self, method: L.LightningModule) -> Iterator[None]:
         """The average in place of the weights, bit for bit undone at the end."""
