@@ -9,11 +9,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ssl_lab.cli import catalog
 from ssl_lab.cli.usage import help_text, verb_of
 from ssl_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 FLAGS = ["--help", "--version", "--multirun", "--config-dir", "--cfg"]
 
@@ -54,7 +57,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _configured(verb: str, overrides: list[str], folders: list[Path], args: argparse.Namespace) -> int:
     """A verb that has a configuration: print it, sweep over it, or run with it."""
-    from ssl_lab.cli.compose import compose, perform
+    from ssl_lab.cli.compose import compose
 
     if args.multirun:
         from ssl_lab.cli.sweep import sweep
@@ -66,6 +69,13 @@ def _configured(verb: str, overrides: list[str], folders: list[Path], args: argp
 
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
+    return performed(verb, cfg)
+
+
+def performed(verb: str, cfg: "DictConfig") -> int:
+    """Run the body of a verb; gives its exit code, after the traceback of what it did not expect."""
+    from ssl_lab.cli.compose import perform
+
     try:
         perform(verb, cfg)
     except SystemExit as leaving:

@@ -38,7 +38,7 @@ def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start:
     path = checkpoint.find(out)
     step = int(checkpoint.facts(path).get("step", 0)) if path else 0
     if step or (out / "last.safetensors").exists():
-        _require_same(out, config)
+        require_same(out, config)
     if not step and start is not None:
         path = checkpoint.find(start)
         if path is None:
@@ -100,8 +100,12 @@ def save_config(out: Path, config: Mapping[str, Any]) -> None:
     write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
-def _require_same(out: Path, config: Mapping[str, Any]) -> None:
-    """Compare what makes the run what it is with the config.yaml in its folder."""
+def require_same(out: Path, config: Mapping[str, Any]) -> None:
+    """Compare what makes the run what it is with the config.yaml in its folder.
+
+    Raises:
+        UserError: they differ.
+    """
     try:
         former = yaml.safe_load((out / "config.yaml").read_text())
     except (OSError, yaml.YAMLError):

@@ -12,10 +12,12 @@ VERBS = {
     "evaluate": "judge the features of a checkpoint or of imported weights",
     "generate": "text from a language model: a run, or imported weights",
     "chat": "questions about pictures, to a run that sees and speaks",
+    "demo": "a page in the browser: upload a picture, ask, and see where the answer looked",
     "transcribe": "what is said in sound files, by a run of speech recognition",
     "export": "write a checkpoint as timm, Hugging Face or plain safetensors weights",
     "bench": "time training steps, alone or beside other libraries",
     "plan": "parameters, FLOPs, memory, time and cost of a run before it starts",
+    "scaling": "runs of several sizes and lengths, their scaling law, and the best size for a budget",
     "tokenizer": "train a tokenizer, and say how many bytes a token holds",
     "list": "experiments, methods, backbones and data sets to choose from",
     "shards": "write a data set of images, with or without captions, as .tar shards",
@@ -37,6 +39,7 @@ EXAMPLES = {
         'ssl-lab chat ckpt=runs/llava_shapes/0 image=picture.png prompt="what shape is the largest object?"',
         "ssl-lab chat ckpt=runs/llava_shapes/0 image=picture.png",
     ],
+    "demo": ["ssl-lab demo ckpt=runs/llava_shapes/0", "ssl-lab demo ckpt=runs/llava_shapes/0 port=8080"],
     "transcribe": [
         "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=recording.wav words=true",
         "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=/my/recordings num_beams=8",
@@ -46,6 +49,10 @@ EXAMPLES = {
     "plan": [
         "ssl-lab plan experiment=quickstart",
         "ssl-lab plan experiment=mae_in1k data.path=/my/imagenet gpu=h100 devices=64",
+    ],
+    "scaling": [
+        "ssl-lab scaling experiment=gpt_shakespeare data.path=input.txt",
+        "ssl-lab scaling method=causal_lm eval=[perplexity] sizes=[16,32,64] durations=[250steps,500steps,1000steps]",
     ],
     "tokenizer": [
         "ssl-lab tokenizer data.path=my.txt vocab_size=8192 out=tokenizers/mine",
