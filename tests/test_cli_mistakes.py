@@ -87,6 +87,7 @@ def asked(tmp_path_factory):
     return *json.loads(done.stdout), folder
 
 
+@pytest.mark.faults("C19", "mistakes in the command line: one line with key and nearest name")
 @pytest.mark.parametrize(("line", "named"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_message_names_the_key_and_the_nearest_name(line, named, asked):
     code, message = asked[0][line]

@@ -61,6 +61,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.faults("C11", "image truncated, empty, text, zeros, bomb: reason in a line")
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_bytes_give_a_reason(kind: str) -> None:
     with pytest.raises(Unreadable) as error:
@@ -68,6 +69,7 @@ def test_broken_bytes_give_a_reason(kind: str) -> None:
     assert str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.faults("C11", "grey, palette, alpha, CMYK, 16 bit: RGB")
 def test_modes_become_rgb() -> None:
     def pixel(data: bytes) -> list[int]:
         image = decode(data)
@@ -90,6 +92,7 @@ def test_modes_become_rgb() -> None:
     assert pixel(wrong_suffix) == [9, 8, 7]
 
 
+@pytest.mark.faults("C11", "turned by its EXIF: upright")
 def test_orientation_is_applied() -> None:
     image = Image.new("RGB", (8, 4), "black")
     image.paste((255, 255, 255), (0, 0, 4, 4))  # the left half is white
@@ -177,6 +180,7 @@ def test_hugging_face_features_are_understood(tmp_path: Path) -> None:
     assert samples.targets.tolist() == [1] and int(samples.data[0][0, 0, 0]) == 2
 
 
+@pytest.mark.faults("C11", "unreadable images: listed, the same stand-in every time")
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_unreadable_images_are_replaced_counted_and_reported(tmp_path: Path, in_memory: bool) -> None:
     kinds = list(BROKEN.values())
@@ -199,6 +203,7 @@ def test_unreadable_images_are_replaced_counted_and_reported(tmp_path: Path, in_
     assert len(lines) == len(bad) and all(x["reason"] and x["image"].endswith(".png") for x in lines)
 
 
+@pytest.mark.faults("C11", "a third unreadable: the run ends")
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_too_many_unreadable_images_end_the_run(tmp_path: Path, in_memory: bool) -> None:
     folder(tmp_path, [f"{i:03}.png" for i in range(100)], lambda i: b"" if i % 3 == 0 else plain(i))

@@ -56,6 +56,7 @@ def wait_for(path):
     raise AssertionError(f"{path} did not appear")
 
 
+@pytest.mark.faults("C2", "SIGTERM, SIGKILL of two ranks: the same end to the bit")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_two_ranks_go_on_where_they_were(tmp_path, number):

@@ -45,6 +45,7 @@ def damaged(data: bytes) -> dict[str, bytes]:
     return {"empty": b"", "cut": data[:middle], "one byte short": data[:-1], "flipped": flipped, "text": b"hello" * 9}
 
 
+@pytest.mark.faults("C12", "checkpoint empty, cut, flipped, no checkpoint at all: the one before is taken")
 @pytest.mark.parametrize("how", ["empty", "cut", "one byte short", "flipped", "text"])
 def test_damaged_newest_falls_back_to_the_one_before(folder, how, caplog):
     newest = folder / "checkpoints" / "step=3.ckpt"
@@ -53,12 +54,14 @@ def test_damaged_newest_falls_back_to_the_one_before(folder, how, caplog):
     assert "step=3.ckpt is damaged" in caplog.text
 
 
+@pytest.mark.faults("C12", "checkpoint whose checksum is missing or wrong: the one before is taken")
 def test_missing_or_wrong_sidecar_counts_as_damage(folder):
     (folder / "checkpoints" / "step=3.json").unlink()
     (folder / "checkpoints" / "step=2.json").write_text("{")
     assert find(folder).name == "step=1.ckpt"
 
 
+@pytest.mark.faults("C12", "every checkpoint damaged: refused, no fresh start")
 def test_all_damaged_is_an_error_not_a_fresh_start(folder):
     for path in stored(folder / "checkpoints"):
         path.write_bytes(b"")
@@ -77,6 +80,7 @@ class Evil:
         return os.system, ("touch /tmp/ssl_lab_was_here",)
 
 
+@pytest.mark.faults("C13", "code in a checkpoint: refused")
 def test_code_in_a_checkpoint_is_refused(tmp_path):
     for name, save in (("zip", torch.save), ("raw", lambda x, path: path.write_bytes(pickle.dumps(x)))):
         path = tmp_path / f"{name}.ckpt"
@@ -86,12 +90,14 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
     assert not os.path.exists("/tmp/ssl_lab_was_here")
 
 
+@pytest.mark.faults("C12", "another program's file: refused and named")
 def test_foreign_file_is_named(tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="has no state_dict"):
         read(tmp_path / "other.ckpt")
 
 
+@pytest.mark.faults("C15", "what would not load again: refused at step 0")
 def test_what_would_not_load_again_is_refused_at_the_first_save(tmp_path):
     with pytest.raises(UserError, match="cannot be saved safely"):
         CheckpointFiles().save_checkpoint({**content(0), "path": tmp_path}, tmp_path / "step=0.ckpt")
@@ -108,6 +114,7 @@ def test_old_ones_go_and_two_stay(tmp_path):
         CheckpointFiles(keep=1)
 
 
+@pytest.mark.faults("C14", "full disk: oldest files go, training goes on or is told")
 @pytest.mark.parametrize("room", [0, 1, 5])
 def test_full_disk(folder, monkeypatch, caplog, room):
     """`room`: how many files must go before there is space."""
@@ -127,6 +134,7 @@ def test_full_disk(folder, monkeypatch, caplog, room):
     assert find(folder) is not None
 
 
+@pytest.mark.faults("C14", "full disk: no cut file under a real name")
 def test_full_disk_is_noticed_before_writing_and_while_writing(tmp_path, monkeypatch):
     class Full:
         free = 100
@@ -150,12 +158,14 @@ def test_full_disk_is_noticed_before_writing_and_while_writing(tmp_path, monkeyp
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.faults("C14", "folder that cannot be written: named")
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match=r"cannot write .*step=1.ckpt"):
         CheckpointFiles().save_checkpoint(content(1), tmp_path / "checkpoints" / "step=1.ckpt")
 
 
+@pytest.mark.faults("C18", "half a row of numbers: dropped and written again")
 def test_half_written_rows_and_later_steps_are_dropped(tmp_path):
     first = CSVLogger(tmp_path)
     for step in range(1, 6):
@@ -172,6 +182,7 @@ def test_half_written_rows_and_later_steps_are_dropped(tmp_path):
     assert rows(tmp_path) == rows(tmp_path / "whole")
 
 
+@pytest.mark.faults("C18", "a logger that fails: left out")
 def test_failing_logger_is_left_out(caplog):
     class Bad(CSVLogger):
         def log_metrics(self, metrics, step=None):
@@ -200,6 +211,7 @@ def test_signals_wait_for_the_end_of_a_step():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.faults("C16", "two runs of one folder at a time: the second is refused")
 def test_one_process_per_folder(tmp_path):
     import multiprocessing
 
@@ -228,10 +240,11 @@ def wait_for(path, seconds=60):
     raise AssertionError(f"{path} did not appear")
 
 
-USR1 = pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)
+USR = [pytest.param(number, 75, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGUSR2)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), USR1])
+@pytest.mark.faults("C6", "SIGTERM, SIGINT, SIGUSR1, SIGUSR2: saved at the end of the step, code 75 or 130")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), *USR])
 def test_signal_saves_and_leaves(tmp_path, number, code):
     out = tmp_path / "run"
     process = start([*LONG, f"out={out}", "data.num_workers=2"], log=tmp_path / "log")

@@ -74,6 +74,7 @@ def ranks(tmp_path_factory):
     return on_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.faults("C17", "two ranks, each method: loss and gradients of one process")
 def test_two_ranks_equal_one_process(ranks):
     ours = method().double().train()
     for _ in range(2):

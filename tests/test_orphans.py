@@ -32,6 +32,7 @@ def of_session(leader: int) -> list[int]:
     return found
 
 
+@pytest.mark.faults("C8", "SIGKILL of a run with loader workers: no process left")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_nothing_survives_a_killed_run(tmp_path, method):

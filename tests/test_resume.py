@@ -31,6 +31,7 @@ OFTEN = [("backward", 6), ("save", 40), ("rename", 14)]
 SELDOM = [("backward", 1), ("backward", 11), ("save", 200), ("rename", 3), ("rename", 15), ("verify", 3), ("log", 7)]
 
 
+@pytest.mark.faults("C1", "SIGKILL in a step, in a save, before its renaming: the same end to the bit")
 @pytest.mark.parametrize("fault", [*OFTEN, *(pytest.param(fault, marks=pytest.mark.slow) for fault in SELDOM)])
 def test_killed_anywhere(reference, tmp_path, fault):
     options = ["ema=0.9", *EVALS]
@@ -53,6 +54,7 @@ SMALL = {  # what a method has beside its encoder
 ENCODER = [word for word in TINY if "method=" not in word and "method.decoder" not in word]
 
 
+@pytest.mark.faults("C2", "SIGKILL, each method: the same end to the bit")
 @pytest.mark.parametrize("method", SMALL)
 def test_every_method_goes_on_with_its_teacher_queue_and_center(tmp_path, method):
     words = [f"method={method}", *ENCODER, *SMALL[method], "duration=8steps"]
@@ -77,6 +79,7 @@ COMMON = ["data.batch_size=4", "save_steps=2", "trainer.log_every_n_steps=1", "t
 OFTEN_TOO = ("causal_lm", "seq2seq")
 
 
+@pytest.mark.faults("C2", "SIGKILL, each method: the same end to the bit")
 @pytest.mark.parametrize("method", [m if m in OFTEN_TOO else pytest.param(m, marks=pytest.mark.slow) for m in TEXT])
 def test_every_method_of_text_goes_on(tmp_path, method):
     network = f"method.{TEXT[method]}"
@@ -99,6 +102,7 @@ SOUND = {  # what a method has beside the encoder's width and depth
 }
 
 
+@pytest.mark.faults("C2", "SIGKILL, each method: the same end to the bit")
 @pytest.mark.parametrize("method", [m if m == "ctc" else pytest.param(m, marks=pytest.mark.slow) for m in SOUND])
 def test_every_method_of_sound_goes_on(tmp_path, method):
     """Its batch norms, SpecAugment, dropout, masks and draws of codes too."""
@@ -112,6 +116,7 @@ def test_every_method_of_sound_goes_on(tmp_path, method):
     same_end(whole, out)
 
 
+@pytest.mark.faults("C3", "SIGKILL twice in one epoch: the same end to the bit")
 def test_killed_twice_with_workers_accumulation_and_average(reference, tmp_path):
     options = ["data.num_workers=2", "trainer.accumulate_grad_batches=2", "ema=0.9"]
     out = tmp_path / "run"
@@ -139,6 +144,7 @@ def test_repeating_a_finished_run_trains_nothing(reference, tmp_path):
     assert "done: 12 steps" in (tmp_path / "log").read_text() and "trained" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.faults("C2", "SIGKILL with 0 or 2 workers, accumulation, average, early or late: the same end to the bit")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "accumulate", "ema", "step"), [*itertools.product([0, 2], [1, 2], ["null", "0.9"], [1, 4, 9])]
@@ -152,6 +158,7 @@ def test_every_combination(reference, tmp_path, workers, accumulate, ema, step):
     same_end(reference(*options), out)
 
 
+@pytest.mark.faults("C20", "SIGKILL every 0.5 to 3 seconds until done: the same end to the bit")
 @pytest.mark.slow
 def test_killed_at_random_moments_until_done(reference, tmp_path):
     options = ["duration=60steps", "ema=0.9", *EVALS]

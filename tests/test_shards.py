@@ -253,6 +253,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypa
     assert sorted(numbers(Shards(tmp_path, split=None), range(5))) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.faults("C11", "broken record of a shard: left out and counted")
 def test_a_broken_record_is_left_out_and_counted(tmp_path, tokenizer, caplog):
     records = [*pair(0), ("1.txt", b"no image"), ("2.png", png(2)), ("3.png", png(3)), ("3.txt", b"\xff\xfe\xff")]
     records += [("4.png", png(4)), ("4.json", b"{"), ("5.png", png(5)), ("5.txt", b"  \n"), *pair(6)]
@@ -263,6 +264,7 @@ def test_a_broken_record_is_left_out_and_counted(tmp_path, tokenizer, caplog):
     assert sorted(numbers(Shards(tmp_path, split=None), range(6))) == [0, 2, 3, 4, 5, 6]  # images need no caption
 
 
+@pytest.mark.faults("C11", "shard cut off: gives what it has")
 def test_a_cut_off_shard_gives_what_it_has(tmp_path, tokenizer, caplog):
     pack(tmp_path, [6, 5])
     whole = (tmp_path / "train-000.tar").read_bytes()
@@ -298,6 +300,7 @@ def test_an_unreadable_image_is_replaced_with_its_captions(tmp_path, tokenizer, 
     assert "x.tar 000011.png" in caplog.text and "000011.png" in (tmp_path / "bad.jsonl").read_text()
 
 
+@pytest.mark.faults("C11", "shard that vanishes: replaced, too many end the run")
 def test_a_shard_that_vanishes_is_replaced_until_it_is_too_much(tmp_path, tokenizer):
     made = Shards(pack(tmp_path, [400, 3]), tokenizer, split=None)
     source = pickle.loads(pickle.dumps(made))  # as a worker gets it, without open files

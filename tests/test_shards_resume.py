@@ -32,6 +32,7 @@ def straight(shards, tmp_path_factory):
     return out
 
 
+@pytest.mark.faults("C2", "SIGKILL in the middle of a shard: the same end to the bit")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_goes_on_in_the_middle_of_a_shard(workers, shards, straight, tmp_path):
     words = [*CLIP, shards, f"data.num_workers={workers}", f"out={tmp_path / 'run'}"]

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ssl_lab.train.base import Base
 IDENTITY = ("method", "tuning", "data", "optim", "seed", "duration", "ema")
 IDENTITY_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 FREE = ("num_workers", "augment_on_device", "kernel")  # how it is computed, not what
+SHARED_OUT = ("data.batch_size", "trainer.accumulate_grad_batches")  # their product with the devices counts
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,21 @@ class Standing:
     step: int
 
 
-def standing(out: Path, config: Mapping[str, Any], samples_per_step: int, start: str | None = None) -> Standing:
+def standing(
+    out: Path, config: Mapping[str, Any], samples_per_step: int, start: str | None = None, *, world_size: int = 1
+) -> Standing:
     """Where the run in `out` stands; `start` is a checkpoint to begin from while `out` has none of its own.
+
+    On another number of devices than before, the batches of each may be of another size.
 
     Raises:
         UserError: `out` holds a run with other settings, or every checkpoint in it is damaged.
     """
     path = checkpoint.find(out)
-    step = int(checkpoint.facts(path).get("step", 0)) if path else 0
+    facts = checkpoint.facts(path) if path else {}
+    step = int(facts.get("step", 0))
     if step or (out / "last.safetensors").exists():
-        require_same(out, config)
+        require_same(out, config, SHARED_OUT if facts.get("world_size", world_size) != world_size else ())
     if not step and start is not None:
         path = checkpoint.find(start)
         if path is None:
@@ -100,8 +106,8 @@ def save_config(out: Path, config: Mapping[str, Any]) -> None:
     write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
-def require_same(out: Path, config: Mapping[str, Any]) -> None:
-    """Compare what makes the run what it is with the config.yaml in its folder.
+def require_same(out: Path, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
+    """Compare what makes the run what it is, except the keys in `free`, with the config.yaml in its folder.
 
     Raises:
         UserError: they differ.
@@ -111,7 +117,7 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
     except (OSError, yaml.YAMLError):
         return  # nothing to compare with
     there, here = _identity(former), _identity(yaml.safe_load(yaml.safe_dump(dict(config))))
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    differing = [key for key in {**there, **here} if key not in free and there.get(key) != here.get(key)]
     if differing:
         unset = "not set"
         told = "; ".join(f"{key}: {there.get(key, unset)} there, {here.get(key, unset)} here" for key in differing[:3])

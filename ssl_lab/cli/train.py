@@ -44,7 +44,7 @@ from ssl_lab.train.loggers import Loggers
 from ssl_lab.train.metrics import Log
 from ssl_lab.train.parallel import Parallel
 from ssl_lab.train.progress import StepBar
-from ssl_lab.train.signals import Interrupted, Signals
+from ssl_lab.train.signals import Interrupted, Signals, end_with_parent
 from ssl_lab.types import Embeds
 from ssl_lab.weights import io
 
@@ -56,9 +56,10 @@ def run(cfg: DictConfig) -> None:
 
     Raises:
         UserError: a mistake in the configuration, the data, or the run folder.
-        SystemExit: 75 after SIGTERM or SIGUSR1, 130 after SIGINT; the state is saved first.
+        SystemExit: 75 after SIGTERM, SIGUSR1 or SIGUSR2, 130 after SIGINT; the state is saved first.
     """
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    if not (first := getattr(rank_zero_only, "rank", 0) == 0):
+        end_with_parent()
     with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
         training = Training(cfg, signals, first=first)
         try:
@@ -91,12 +92,11 @@ class Training:
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
         self.trainer = self._trainer()
-        self.method.samples_per_step = (
-            cfg.data.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        )
+        world_size = self.trainer.world_size
+        self.method.samples_per_step = cfg.data.batch_size * self.trainer.accumulate_grad_batches * world_size
         self.steps = steps_of(cfg.duration, self.method.samples_per_step, self.data.num_train)
         self.trainer.fit_loop.epoch_loop.max_steps = self.steps
-        self.standing = standing(self.out, self.config, self.method.samples_per_step, cfg.ckpt)
+        self.standing = standing(self.out, self.config, self.method.samples_per_step, cfg.ckpt, world_size=world_size)
         if self.standing.path is not None:
             require_fit(self.standing.path, self.method, self.base)
 

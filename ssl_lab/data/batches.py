@@ -89,7 +89,12 @@ class _Batches(Dataset[Batch | UserError]):
 
 def _live_with_training(worker: int) -> None:
     """A worker's life is that of the training process: it outlives every signal to the job, and nothing else."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # training needs its workers until it ends in order
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # training needs its workers until it ends in order
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_training, daemon=True).start()
 

@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
-CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}  # 75 = try again (EX_TEMPFAIL); 130 as in a shell
+# 75 = try again (EX_TEMPFAIL), 130 as in a shell. Clusters warn by SIGUSR1 or, through submitit, by SIGUSR2.
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGINT: 130}
 
 
 class Interrupted(SystemExit):
@@ -18,7 +20,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Catches SIGTERM, SIGUSR1 and the first SIGINT while it is entered; a second SIGINT ends the process at once.
+    """Catches SIGTERM, SIGUSR1, SIGUSR2 and the first SIGINT while it is entered; a second SIGINT ends the process at once.
 
     While `deferred`, a signal only sets `received`, which the training loop reads at the end of a step. Otherwise it
     raises `Interrupted`. Processes made by fork ignore what their parent handles.
@@ -55,3 +57,15 @@ class Signals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self.deferred:
             raise Interrupted(self.received)
+
+
+def end_with_parent(poll: float = 1.0) -> None:
+    """End this process soon after the one that started it: a rank must not outlive the first, even when it hangs."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
