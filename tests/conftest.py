@@ -1,7 +1,7 @@
 """The table of faults: which of them the tests put to a run, and how many it came through.
 
-A test with the mark `faults("C1", "what happened")` counts for the row of that name. `make faults` runs all of them and
-writes the table; any other run shows it for the tests that it ran, if it is asked to by `--faults-table=-`.
+A test with the mark `faults("C1", "what happened")` counts for the row of that name. `make faults` runs all of them, slow
+ones too, and writes the table between two lines of docs/reliability.md; `--faults-table=-` shows that of any run.
 """
 
 import re
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+BEGIN, END = "<!-- table of faults -->", "<!-- end of the table -->"
+
 
 def pytest_addoption(parser):
-    parser.addoption("--faults-table", metavar="FILE", help="write the table of faults to FILE, - to show it")
+    parser.addoption("--faults-table", metavar="FILE", help="write the table of faults into FILE; - shows it")
 
 
 def pytest_collection_modifyitems(items):
@@ -57,4 +59,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if file == "-":
         terminalreporter.write_line("\n".join(lines))
     else:
-        Path(file).write_text("\n".join(lines) + "\n")
+        before, _, rest = Path(file).read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        Path(file).write_text("\n".join([before + BEGIN, *lines, END + after]))
