@@ -1,7 +1,7 @@
 """The table of faults: which of them the tests put to a run, and how many it came through.
 
-A test with the mark `faults("C1", "what happened")` counts for the row of that name. `make faults` runs all of them, slow
-ones too, and writes the table between two lines of docs/reliability.md; `--faults-table=-` shows that of any run.
+A test with the mark `faults("C1", "what happened")` counts for the row of that name. `make faults` runs all of them,
+slow ones too, and writes the table between two lines of docs/reliability.md; `--faults-table=-` shows that of any run.
 """
 
 import re
