@@ -18,13 +18,14 @@ _HEAT = ((8, 5, 30), (90, 20, 110), (190, 55, 85), (245, 140, 30), (252, 250, 16
 
 
 @torch.no_grad()
-def attention_weights(encoder: nn.Module, image: Tensor, layer: int = -1) -> tuple[Tensor, Encoded]:
+def attention_weights(encoder: nn.Module, image: Tensor, layer: int = -1, **more: Any) -> tuple[Tensor, Encoded]:
     """Images (B, C, H, W) -> self-attention weights (B, heads, L, L) of a block, and what the encoder gave.
 
     The fused kernels never form the weights, so queries and keys are caught on their way into the kernel and
     softmax(scale * q k^T + bias) is computed from them, in float32 at least. Rows and columns are the tokens of the
     block, prefix first; dropout and the columns of a tuned prefix, which are no tokens, are left out. The encoder runs
-    in its present mode; the caller sets eval mode and autocast.
+    in its present mode; the caller sets eval mode and autocast. `more` are further arguments of the encoder, which may
+    be a decoder of embedded tokens (B, L, D).
 
     Raises:
         UserError: the block has no self-attention of ours.
@@ -37,7 +38,7 @@ def attention_weights(encoder: nn.Module, image: Tensor, layer: int = -1) -> tup
         attention.k_norm.register_forward_hook(lambda *call: caught.update(k=call[2])),
     ]
     try:
-        encoded: Encoded = encoder(image)
+        encoded: Encoded = encoder(image, **more)
     finally:
         for hook in hooks:
             hook.remove()

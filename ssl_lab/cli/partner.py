@@ -1,7 +1,7 @@
 """A run of a model that sees and speaks, with all that a conversation with it needs: `chat`, `demo` and `export`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from ssl_lab.analysis.looked import looked
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.generate import PRECISIONS, device_named
@@ -38,39 +39,84 @@ class Partner:
     encode: ConversationEncoder
     look: Any
 
-    def see(self, files: Sequence[str]) -> Tensor | None:
-        """(N, Q, D) of some pictures, encoded once; None of none.
+    def see(self, pictures: Sequence[Tensor]) -> Tensor | None:
+        """(N, Q, D) of some pictures (3, Hi, Wi) uint8, encoded once; None of none."""
+        if not pictures:
+            return None
+        weight = next(self.model.parameters())
+        pixels = self.look(list(pictures), torch.zeros(len(pictures)).long(), 0)
+        with torch.inference_mode():
+            return self.model.see(pixels["image"].to(weight.device, weight.dtype))
+
+
+@dataclass
+class Conversation:
+    """Questions and answers about some pictures.
+
+    Attributes:
+        partner: who answers.
+        sampling: how its words are chosen.
+        max_new_tokens: of an answer.
+        pictures: (3, Hi, Wi) uint8 each.
+        visual: what the model sees of them, (N, Q, D).
+        messages: what was said so far.
+    """
+
+    partner: Partner
+    sampling: Sampling
+    max_new_tokens: int
+    pictures: list[Tensor] = field(default_factory=list)
+    visual: Tensor | None = None
+    messages: list[Message] = field(default_factory=list)
+    _said: tuple[list[int], list[int]] | None = None  # ids of the last prompt and answer
+
+    def show(self, files: Sequence[str]) -> None:
+        """Begin anew with other pictures.
 
         Raises:
             UserError: a file that is no picture.
         """
-        if not files:
-            return None
-        weight = next(self.model.parameters())
-        pixels = self.look([_picture(Path(file).expanduser()) for file in files], torch.zeros(len(files)).long(), 0)
-        with torch.inference_mode():
-            return self.model.see(pixels["image"].to(weight.device, weight.dtype))
+        self.pictures = [_picture(Path(file).expanduser()) for file in files]
+        self.visual, self.messages, self._said = self.partner.see(self.pictures), [], None
 
-    def answer(
-        self, messages: Sequence[Message], visual: Tensor | None, *, max_new_tokens: int, sampling: Sampling
-    ) -> Iterator[str]:
-        """The answer to the last message, piece by piece.
+    def ask(self, asked: str) -> Iterator[str]:
+        """The answer, piece by piece; markers that the first question lacks are put before it.
 
         Raises:
             UserError: other numbers of markers than pictures, or more than the context holds.
         """
-        ids, end = self.encode.prompt(messages), self.encode.end
-        words = Words(self.encode.tokenizer, [])
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos": end}
-        for token in stream_seen(self.model, [ids], visual, **limits):
-            if int(token[0]) == end:
+        encode = self.partner.encode
+        if not self.messages and encode.marker not in asked:
+            asked = f"{encode.marker}\n" * len(self.pictures) + asked
+        _require(asked, encode.marker, 0 if self.messages else len(self.pictures))
+        messages: list[Message] = [*self.messages, {"role": "user", "content": asked}]
+        ids, words, answer = encode.prompt(messages), Words(encode.tokenizer, []), list[int]()
+        self._said, said = (ids, answer), ""
+        limits: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling, "eos": encode.end}
+        for token in stream_seen(self.partner.model, [ids], self.visual, **limits):
+            answer.append(int(token[0]))
+            if answer[-1] == encode.end:
                 break
-            yield words.push(int(token[0]))
-        yield words.rest()
+            yield (piece := words.push(answer[-1]))
+            said += piece
+        yield (rest := words.rest())
+        self.messages = [*messages, {"role": "assistant", "content": (said + rest).strip()}]
+
+    def looked(self) -> Tensor:
+        """Where the last answer looked: (N, rows, columns) of the pictures, see `ssl_lab.analysis.looked`.
+
+        Raises:
+            UserError: no picture, nothing said yet, or a model that has no such map.
+        """
+        if self.visual is None or self._said is None:
+            raise UserError("nothing was asked about a picture yet")
+        prompt, answer = self._said
+        tokens = torch.tensor([prompt + answer], device=self.visual.device)
+        return looked(self.partner.model, tokens, self.visual, len(prompt))
 
 
-def partner(cfg: DictConfig) -> tuple[Partner, Sampling]:
-    """What `ckpt`, `precision`, `device` and the settings of the sampling ask for.
+def conversation(cfg: DictConfig) -> Conversation:
+    """With the run that `ckpt` names, and what `precision`, `device` and the settings of the sampling ask for.
 
     Raises:
         UserError: an unknown precision, no such run, or one that does not see and speak.
@@ -87,16 +133,7 @@ def partner(cfg: DictConfig) -> tuple[Partner, Sampling]:
         repetition_penalty=cfg.repetition_penalty,
         seed=cfg.seed,
     )
-    return found, sampling
-
-
-def require_pictures(asked: str, marker: str, pictures: int) -> None:
-    """Refuse a question that mentions other numbers of pictures than there are."""
-    if (count := asked.count(marker)) != pictures:
-        raise UserError(
-            f"the prompt mentions {count} pictures ({marker}), and there are {pictures}: give image=<file> for each, "
-            f"or leave {marker} out"
-        )
+    return Conversation(found, sampling, int(cfg.max_new_tokens))
 
 
 def talk(config: dict[str, Any], folder: Path, system: str | None = None) -> tuple[ConversationEncoder, Any]:
@@ -115,6 +152,14 @@ def talk(config: dict[str, Any], folder: Path, system: str | None = None) -> tup
         system=encode.system if system is None else system,
     )
     return encoder, build(OmegaConf.create(config["data"]["eval_views"]["image"]))
+
+
+def _require(asked: str, marker: str, pictures: int) -> None:
+    if (count := asked.count(marker)) != pictures:
+        raise UserError(
+            f"the prompt mentions {count} pictures ({marker}), and there are {pictures}: give image=<file> for each, "
+            f"or leave {marker} out"
+        )
 
 
 def _picture(file: Path) -> Tensor:
