@@ -20,6 +20,7 @@ from ssl_lab.train.checkpoint import CheckpointFiles
 from ssl_lab.train.metrics import DataWait
 
 _NOISE = (  # advice that does not apply here
+    ".*broadcast_buffers.*is deprecated.*",  # its successor is younger than the oldest PyTorch that is supported
     ".*does not have many workers.*",
     ".*configure_model.*callback.*",
     ".*LeafSpec.*",
@@ -76,13 +77,15 @@ def require_precision(precision: Any, accelerator: str) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's notices, and its advice on what is set on purpose here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for text in _NOISE:
             warnings.filterwarnings("ignore", text)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
