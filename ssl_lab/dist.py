@@ -17,6 +17,11 @@ def world_size() -> int:
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
 
 
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that is divided among the ranks (FSDP2), any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 class _Gather(torch.autograd.Function):
     """All-gather whose backward sums the gradients of every rank and keeps the local rows."""
 

@@ -51,7 +51,7 @@ def share(rows: slice) -> Batch:
 def fixed_loss(method: Method, rows: slice) -> torch.Tensor:
     """The loss of some rows of the batch, with randomness that belongs to the rows and not to the rank."""
     batch, g = share(rows), torch.Generator().manual_seed(3)
-    kind = type(method).__name__
+    kind = type(method).__name__.removeprefix("FSDP")
     N = (SMALL["size"] // SMALL["patch_size"]) ** 2
     if kind == "MAE":
         return method.reconstruct(batch["image"], torch.rand(SIZE, N, generator=g)[rows])[0]

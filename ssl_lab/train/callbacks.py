@@ -17,6 +17,7 @@ from ssl_lab import dist
 from ssl_lab.errors import UserError
 from ssl_lab.pictures import save_png
 from ssl_lab.train.loggers import Loggers
+from ssl_lab.train.sharded import gathered
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ Weights = Callable[[L.LightningModule], contextlib.AbstractContextManager[None]]
 
 
 def as_they_are(method: L.LightningModule) -> contextlib.AbstractContextManager[None]:
-    """The weights that train: nothing is put in their place."""
-    return contextlib.nullcontext()
+    """The weights that train: nothing is put in their place. Those that are divided among ranks are gathered."""
+    return gathered(method)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import timm.optim
 import torch
 from torch import nn
 
+from ssl_lab.dist import all_reduce_sum, local
 from ssl_lab.errors import UserError
 from ssl_lab.schedules import Cosine, Linear, Schedule, as_schedule
 
@@ -146,7 +147,10 @@ def _layer(name: str, depth: int) -> int:
 @torch.no_grad()
 def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     """Scale the gradient of every tensor whose own norm is above `max_norm` down to it, as DINO clips."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    whole = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(grad) for grad in whole]
     if grads:
         norms = torch.stack(torch._foreach_norm(grads))
+        if grads[0] is not whole[0]:  # of a part of each
+            norms = all_reduce_sum(norms.square()).sqrt()
         torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
