@@ -146,3 +146,20 @@ def test_mistakes_inside_a_yaml_are_named_too(text, named, tmp_path, capsys):
     assert len(message.strip().splitlines()) == 1, message
     for name in named:
         assert name in message, message
+
+
+@pytest.mark.faults("C19", "values that do not fit together: one line with both")
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("method=supervised method.encoder.dim=33", "method.encoder: dim=33 must be a multiple of num_heads=6"),
+        ("method=mae backbone=vit_ti4 method.encoder.dim=30 method.encoder.num_heads=3", "divisible by 4, not 30"),
+        ("method=causal_lm method.decoder.num_heads=7", "dim=256 must be a multiple of num_heads=7"),
+        ("method=ctc method.encoder.num_heads=7", "dim=144 must be a multiple of num_heads=7"),
+    ],
+)
+def test_what_a_constructor_refuses_is_one_line(line, told, tmp_path, capsys):
+    assert main([*line.split(), f"out={tmp_path / 'run'}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("ssl-lab: method.") and told in message and "Traceback" not in message
+    assert len(message.strip().splitlines()) == 1

@@ -63,7 +63,7 @@ HEADS = {  # of methods: what they have beside the encoder, small
 SHAPES = {"data.train.length": "64", "data.test.length": "32"}
 SPOKEN = {key.replace(".length", ".source.length"): value for key, value in SHAPES.items()}
 NETWORK = re.compile(
-    r"clip:|timm:|hf:|gguf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b"
+    r"clip:|timm:|hf:|gguf:|logger\.wandb\.mode=online|data=(cifar|stl|imagenet)|(cifar10(_r18)?|_in1k)\b|bench suite="
 )
 EXTRAS = {"spoken": "espeakng_loader"}  # what a command needs, where its name has this word
 ELSEWHERE = ("pip install", "git clone", "cd ", "tensorboard", "torchrun", "wandb", "python", ".venv/bin/python")

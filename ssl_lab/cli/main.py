@@ -5,6 +5,7 @@ mistake, 130 interrupted.
 """
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def _dispatch(argv: list[str]) -> int:
     args = _parse(argv)
     folders = [catalog.conf_folder(), *([] if args.config_dir is None else [_user_folder(args.config_dir)])]
     verb, words = verb_of(args.words, folders)
+    if verb == "bench" and any(word.startswith("suite=") for word in words):
+        verb, words = "bench_suite", [re.sub("^suite=", "name=", word) for word in words]
     if args.version:
         from ssl_lab import __version__
 

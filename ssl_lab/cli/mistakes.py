@@ -1,6 +1,7 @@
 """Other people's error messages about a configuration, in one line that says what to do."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ssl_lab.cli.nearest import did_you_mean
 from ssl_lab.errors import UserError
 
+_PACKAGE = Path(__file__).parents[1]
 COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -63,7 +65,17 @@ def explain_build(error: InstantiationException, cfg: DictConfig | None = None) 
             return UserError(
                 f"{key} lacks {missing[1]}: add it to the YAML or write {key}.{missing[1].split(chr(39))[1]}=..."
             )
+    if isinstance(cause, ValueError) and _raised_by_us(cause):
+        return UserError(f"{key}: {_one_line(str(cause))}")
     return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """A check of our own, not one of a library below, said no."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
 
 
 def _raised_by_call(error: BaseException) -> bool:

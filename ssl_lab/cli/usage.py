@@ -45,7 +45,11 @@ EXAMPLES = {
         "ssl-lab transcribe ckpt=runs/conformer_digits/0 audio=/my/recordings num_beams=8",
     ],
     "export": ["ssl-lab export ckpt=runs/quickstart/0/checkpoints/last.ckpt to=timm"],
-    "bench": ["ssl-lab bench experiment=quickstart", "ssl-lab bench experiment=quickstart against=[transformers,timm]"],
+    "bench": [
+        "ssl-lab bench experiment=quickstart",
+        "ssl-lab bench experiment=quickstart against=[transformers,timm]",
+        "ssl-lab bench suite=small before=earlier/table.json",
+    ],
     "plan": [
         "ssl-lab plan experiment=quickstart",
         "ssl-lab plan experiment=mae_in1k data.path=/my/imagenet gpu=h100 devices=64",

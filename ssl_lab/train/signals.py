@@ -20,7 +20,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Catches SIGTERM, SIGUSR1, SIGUSR2 and the first SIGINT while it is entered; a second SIGINT ends the process at once.
+    """Catches what `CODES` lists while it is entered; a second SIGINT ends the process at once.
 
     While `deferred`, a signal only sets `received`, which the training loop reads at the end of a step. Otherwise it
     raises `Interrupted`. Processes made by fork ignore what their parent handles.
