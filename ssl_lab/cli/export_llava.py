@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ssl_lab.cli.partner import talk
+from ssl_lab.cli.partner import require_marker, talk
 from ssl_lab.cli.saved import load_config
 from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
@@ -27,6 +27,7 @@ def to_hf(method: nn.Module, folder: Path, stats: Stats | None, *, run: Path | N
         raise UserError("to=hf of a LLaVA needs its run folder, where the tokenizer lies: give ckpt=<run folder>")
     config: dict[str, Any] = load_config(run, trust)
     encode, views = talk(config, run)
+    require_marker(method.model, encode, run)
     words = encode.tokenizer
     done = vlm_export.to_hf(method.model, folder, end=encode.end, pad=words.pad)
     if isinstance(views, Resize):

@@ -154,6 +154,15 @@ def talk(config: dict[str, Any], folder: Path, system: str | None = None) -> tup
     return encoder, build(OmegaConf.create(config["data"]["eval_views"]["image"]))
 
 
+def require_marker(model: Any, encode: ConversationEncoder, folder: Path) -> None:
+    """Refuse a tokenizer that came into the run folder later: its ids are not those that the model knows."""
+    if model.image_token != encode.image:
+        raise UserError(
+            f"{folder}/tokenizer.json has {encode.marker} as token {encode.image}, the model was trained with "
+            f"{model.image_token}: put back the tokenizer of the run"
+        )
+
+
 def _require(asked: str, marker: str, pictures: int) -> None:
     if (count := asked.count(marker)) != pictures:
         raise UserError(
@@ -182,4 +191,5 @@ def _partner(spec: str, trust: list[str], system: str | None) -> Partner:
     method, base = rebuild(config)
     fill(method, base, newest(path, f"ckpt={spec}"))
     network: Any = method.model
+    require_marker(network, encode, folder)
     return Partner(fuse_(network), encode, look)

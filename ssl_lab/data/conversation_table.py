@@ -53,13 +53,15 @@ def conversations(
         raise UserError(f"{path} holds no conversations: give a .json, .jsonl or .parquet file, or a folder of them")
     chosen, divide = divided(local, files, split)
     rows, store = _parquet(chosen) if chosen[0].suffix == ".parquet" else _json(chosen)
-    if divide:
-        kept = share([zlib.crc32(_key(row, i).encode()) for i, row in enumerate(rows)], split)
-        rows = [rows[i] for i in kept]
-    store.base = Path(image_folder).expanduser() if image_folder is not None else chosen[0].parent
     turns = next((x for x in _TURNS if rows and x in rows[0]), None)
     if turns is None:
         raise UserError(f"{chosen[0]} has no column {' or '.join(_TURNS)}")
+    if divide:
+        kept = share([zlib.crc32(_key(row, i).encode()) for i, row in enumerate(rows)], split)
+        rows = [rows[i] for i in kept]
+        if not rows:
+            raise UserError(f"{path} has too few images to hold a tenth out: nothing is left for {split}; give more")
+    store.base = Path(image_folder).expanduser() if image_folder is not None else chosen[0].parent
     dialogues = []
     for number, row in enumerate(rows):
         messages = [_message(x, f"{path} row {number}") for x in row[turns]]
