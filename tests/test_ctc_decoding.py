@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
+from ssl_lab.data.tokenizer import Tokenizer
+from ssl_lab.data.tokenizer_train import train
 from ssl_lab.generation.chunks import in_chunks
 from ssl_lab.generation.ctc import CTCBeam, align, beam_search, greedy, pieces, words
+from ssl_lab.generation.ngram import NGram, WordScore
 
 ALL = CTCBeam(width=10_000, prune=math.inf)
 
@@ -127,6 +130,21 @@ def test_words_last_from_their_first_letter_to_their_last():
     assert [(round(w.start, 3), round(w.end, 3)) for w in said] == [(0.06, 0.22), (0.34, 0.42)]
     assert words([], [], Letters(), 0.04) == []
     assert [w.text for w in words([1, 2, 1], [(0, 0), (1, 1), (2, 2)], Letters(), 1.0)] == ["a"]
+
+
+def test_tokens_that_are_words_need_no_blank_between_them():
+    tokenizer = Tokenizer(train(["one two three"], "word", 0, ["<pad>"]))
+    ids = tokenizer.encode("two three two")
+    said = words(ids, [(0, 1), (4, 4), (6, 9)], tokenizer, 0.1)
+    assert [(word.text, round(word.start, 2), round(word.end, 2)) for word in said] == [
+        ("two", 0.05, 0.25),
+        ("three", 0.45, 0.55),
+        ("two", 0.65, 1.05),
+    ]
+    entries = {("one",): (-1.0, 0.0), ("two",): (-2.0, 0.0), ("three",): (-3.0, 0.0)}
+    score = WordScore(NGram(entries, 1), tokenizer, tokenizer.vocab_size)
+    assert score(tuple(ids[:1])).tolist() == [0.0, -2.0, -2.0, -2.0]  # what ends counts when another begins
+    assert score.end(tuple(ids[:2])) == -3.0
 
 
 @pytest.mark.parametrize("samples", [9, 40, 41, 79, 80, 81, 203])

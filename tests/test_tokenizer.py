@@ -212,3 +212,20 @@ def test_verb(tmp_path, monkeypatch, capsys):
     assert main([*words, "vocab_size=140"]) == 2
     assert "holds another tokenizer" in capsys.readouterr().err
     assert load(tmp_path).vocab_size == 150
+
+
+def test_a_word_is_a_token(corpus, tmp_path):
+    tokenizer = trained(corpus, "word", special=["<pad>"])
+    words = sorted(set(TEXT.split()))
+    assert tokenizer.vocab_size == len(words) + 1 and tokenizer.pad == 0 and tokenizer.of_words
+    text = "feathers her nest. The cat"
+    assert tokenizer.encode(text) == [1 + words.index(word) for word in text.split()]
+    assert tokenizer.decode([0, *tokenizer.encode(text), 0]) == text and tokenizer.starts.all()
+    with pytest.raises(UserError, match="the word tokenizer has no token for 'bird'"):
+        tokenizer.encode("The bird")
+    known = trained(corpus, "word", special=["<unk>"])
+    assert known.encode("The bird") == [known.encode("The")[0], known.unk]
+    tokenizer.save(tmp_path)
+    assert load(tmp_path).encode(text) == tokenizer.encode(text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)

@@ -47,11 +47,11 @@ class TranscriptEncoder:
         """Look through all transcripts, given in parts, before a run begins.
 
         Raises:
-            UserError: a character that the tokenizer does not know, with the transcript that has it.
+            UserError: a character, or word, that the tokenizer does not know, with the transcript that has it.
         """
         for part in transcripts:
             try:
-                self.tokenizer.encode("".join(sorted(set().union(*part))))
+                self.tokenizer.require_known(part)
             except UserError:
                 self._blame(part, f"{origin}: ")
                 raise

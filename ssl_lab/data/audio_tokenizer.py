@@ -8,7 +8,7 @@ from pathlib import Path
 from ssl_lab.data.medium import AUDIO
 from ssl_lab.data.pairs_table import open_pairs
 from ssl_lab.data.tokenizer import Tokenizer
-from ssl_lab.data.tokenizer_train import Kind, train
+from ssl_lab.data.tokenizer_train import WHOLE, Kind, train
 from ssl_lab.data.tones import WORDS
 from ssl_lab.errors import UserError
 
@@ -27,16 +27,16 @@ def trained(
 ) -> Tokenizer:
     """Train a tokenizer on the transcripts at `path`; the same arguments give the same tokenizer.
 
-    Without transcripts the names of the classes are taken, as the words of joined utterances are. A character tokenizer
-    knows every character of both splits, and the blank.
+    Without transcripts the names of the classes are taken, as the words of joined utterances are. A tokenizer of
+    characters, or words, knows those of both splits, and the blank.
 
     Args:
         path: as `Clips` takes it, or `tones`.
-        kind: character, bpe, bpe4 or wordpiece; see `ssl_lab.data.tokenizer.trained`.
-        vocab_size: tokens in all; it does not matter to `character`.
+        kind: character, word, bpe, bpe4 or wordpiece; see `ssl_lab.data.tokenizer.trained`.
+        vocab_size: tokens in all; it does not matter to `character` and `word`.
         special: special tokens, the first with id 0; a decoder needs `</s>` too. Wordpiece has its own, [PAD] first.
         transcript_column: None = found.
-        split: what kinds other than `character` are trained on.
+        split: what kinds other than `character` and `word` are trained on.
 
     Raises:
         UserError: no transcripts and no classes, or a vocabulary smaller than the alphabet.
@@ -51,7 +51,7 @@ def _trained(
     path: str, kind: Kind, vocab_size: int, special: tuple[str, ...], column: str | None, split: str, stamp: int
 ) -> Tokenizer:
     texts = list(WORDS if path == TONES else _texts(path, split, column))
-    if kind == "character" and path != TONES:
+    if kind in WHOLE and path != TONES:
         with suppress(UserError):  # a set of the hub may call it otherwise
             texts += _texts(path, "test" if split == "train" else "train", column)
     blank = [" "] if kind == "character" else []

@@ -62,7 +62,7 @@ def questions(
     said = _column(names, answer_column, _ANSWERS, "answer_column", str(path))
     rows = columns.select_columns([asked, said]).with_format(None)[:]
     pairs = [_asked(q, a, f"{path} row {i}") for i, (q, a) in enumerate(zip(rows[asked], rows[said], strict=True))]
-    return Conversations(images, _dialogues(pairs, encode, turns), encode, origin=str(path))
+    return Conversations(images, dialogues(pairs, encode, turns), encode, origin=str(path))
 
 
 def captions(
@@ -87,7 +87,7 @@ def captions(
     images = Pairs(path, split=split, image_column=image_column, caption_column=caption_column)
     found = images.captions(range(len(images)))
     pairs = [[(prompt, text, tuple(texts)) for text in texts] for texts in found]
-    return Conversations(images, _dialogues(pairs, encode, 1), encode, origin=str(path))
+    return Conversations(images, dialogues(pairs, encode, 1), encode, origin=str(path))
 
 
 def classes(
@@ -118,7 +118,7 @@ def classes(
         raise UserError(f"{path} has no classes to speak about: set label_column, or choose data with captions")
     names = [name.replace("_", " ") for name in images.classes]
     pairs: list[list[Asked]] = [[(prompt, names[c], ())] if c >= 0 else [] for c in targets]
-    return Conversations(images, _dialogues(pairs, encode, 1), encode, origin=str(path))
+    return Conversations(images, dialogues(pairs, encode, 1), encode, origin=str(path))
 
 
 def shapes(
@@ -154,10 +154,10 @@ def shapes(
         [(q, a, ()) for q, a in asked if q.startswith(wanted) or q.endswith(wanted)]
         for asked in images.questions(range(length))
     ]
-    return Conversations(images, _dialogues(pairs, encode, turns), encode, origin="shapes")
+    return Conversations(images, dialogues(pairs, encode, turns), encode, origin="shapes")
 
 
-def _dialogues(pairs: Sequence[Sequence[Asked]], encode: ConversationEncoder, turns: int | None) -> list[Dialogue]:
+def dialogues(pairs: Sequence[Sequence[Asked]], encode: ConversationEncoder, turns: int | None) -> list[Dialogue]:
     """Questions of each image, `turns` of them a conversation; where there are several, in an order of their own."""
     if turns is not None and turns < 1:
         raise UserError(f"turns={turns}: a conversation has at least one question; null = all of an image")

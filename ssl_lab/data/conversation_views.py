@@ -82,7 +82,7 @@ class ConversationViews:
             first += len(numbers)
         if not kept:
             side = int(getattr(self.image, "size", 1))
-            return torch.zeros(0, 3, side, side)
+            return torch.zeros(0, *getattr(self.image, "shape", (3, side, side)))
         pictures = data.images[kept] if isinstance(data.images, Tensor) else [data.images[i] for i in kept]
         return self.image(pictures, torch.tensor(places), seed)["image"]
 

@@ -57,6 +57,7 @@ class Conversations:
     ) -> None:
         self.images, self.dialogues, self.encode = images, dialogues, encode
         self.classes: list[str] = []
+        self.sampling_rate: int | None = getattr(images, "sampling_rate", None)  # of a source of sound
         if not dialogues:
             raise UserError(f"{origin} holds no conversation")
         for row, one in enumerate(dialogues):

@@ -19,7 +19,7 @@ from ssl_lab.data import tokenizer_clip
 from ssl_lab.data.folders import missing
 from ssl_lab.data.text_files import Documents
 from ssl_lab.data.text_tables import CAPTIONS
-from ssl_lab.data.tokenizer_train import USUAL, Kind, train
+from ssl_lab.data.tokenizer_train import USUAL, WHOLE, Kind, train
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 from ssl_lab.weights import gguf
@@ -63,6 +63,8 @@ class Tokenizer:
         WordPiece marks what goes on with ##, byte-level BPE and SentencePiece mark what begins; elsewhere letters and
         digits go on.
         """
+        if self.of_words:
+            return torch.ones(self.vocab_size, dtype=torch.bool)
         names = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         hashes = any(name.startswith("##") for name in names)
         goes_on = [name.startswith("##") if hashes else name[:1].isalnum() and name[0] not in _BLANKS for name in names]
@@ -83,30 +85,35 @@ class Tokenizer:
         return list(itertools.takewhile(lambda x: x is not None, found))  # type: ignore[arg-type]
 
     @cached_property
+    def of_words(self) -> bool:
+        """Each token is a word."""
+        return isinstance(self.backend.model, tokenizers.models.WordLevel)
+
+    @cached_property
     def _alphabet(self) -> frozenset[str] | None:
-        """The characters that are tokens, if nothing else is: others would vanish silently."""
+        """The characters, or the words, that are tokens, if nothing else is: others would vanish silently."""
         if self.unk is not None:
             return None
         special = set(self.special)
         names = {name for name, i in self.backend.get_vocab().items() if i not in special}
-        return frozenset(names) if all(len(name) == 1 for name in names) else None
+        return frozenset(names) if self.of_words or all(len(name) == 1 for name in names) else None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of the tokens; `special` adds those that the tokenizer puts around a text, such as [CLS] and [SEP].
 
         Raises:
-            UserError: characters that a character tokenizer does not know.
+            UserError: characters, or words, that a tokenizer of characters, or words, does not know.
         """
         return self.encode_batch([text], special=special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """As `encode`, several texts at once on several threads."""
-        self._check(texts)
+        self.require_known(texts)
         return [x.ids for x in self.backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids without special tokens, and for each the characters (from, to) that it stands for."""
-        self._check(texts)
+        self.require_known(texts)
         return [(x.ids, x.offsets) for x in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | Tensor, *, special: bool = False) -> str:
@@ -136,12 +143,17 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.config
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-    def _check(self, texts: Sequence[str]) -> None:
+    def require_known(self, texts: Sequence[str]) -> None:
+        """Check that every character, or word, has a token.
+
+        Raises:
+            UserError: one has none; the message names it.
+        """
         if self._alphabet is None:
             return
-        if unknown := set().union(*texts) - self._alphabet:
-            shown = " ".join(sorted(unknown)[:5])
-            raise UserError(f"the character tokenizer has no token for {shown!r}: train it on text that has them")
+        if unknown := set().union(*(text.split() if self.of_words else text for text in texts)) - self._alphabet:
+            kind, shown = "word" if self.of_words else "character", " ".join(sorted(unknown)[:5])
+            raise UserError(f"the {kind} tokenizer has no token for {shown!r}: train it on text that has them")
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -210,7 +222,7 @@ def trained(
 
     Args:
         path: text as `documents` takes it, or `captions`.
-        kind: `character` (every character that occurs, in all splits); byte-level `bpe` with the pattern of GPT-2;
+        kind: `character` or `word` (each that occurs, in all splits); byte-level `bpe` with the pattern of GPT-2;
             byte-level `bpe4` with that of GPT-4, which takes digits by three; `wordpiece` with BERT's rules, uncased.
         vocab_size: tokens in all; it does not matter to `character`.
         special: names of further special tokens. Roles are told from usual names such as <pad> and <eos>.
@@ -224,7 +236,7 @@ def trained(
     local = Path(path).expanduser()
     stamp = local.stat().st_mtime_ns if path != CAPTIONS and local.is_file() else 0
     columns = column if column is None or isinstance(column, str) else tuple(column)
-    split = None if kind == "character" else split
+    split = None if kind in WHOLE else split
     return _trained(path, kind, vocab_size, tuple(special), sentinels, columns, split, stamp)
 
 

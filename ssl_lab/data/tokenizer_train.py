@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from ssl_lab.errors import UserError
 
-Kind = Literal["character", "bpe", "bpe4", "wordpiece"]
+Kind = Literal["character", "word", "bpe", "bpe4", "wordpiece"]
+WHOLE = ("character", "word")  # kinds that take all there is: vocab_size does not matter to them
 USUAL = {  # special tokens by role, and their usual names
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
@@ -53,7 +54,7 @@ def train(
     backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
     if not counted.characters:
         raise UserError(f"there is no text in {origin or 'the corpus'}: a tokenizer cannot be trained on it")
-    if kind != "character" and (size := backend.get_vocab_size()) > vocab_size:
+    if kind not in WHOLE and (size := backend.get_vocab_size()) > vocab_size:
         raise UserError(
             f"vocab_size={vocab_size} is smaller than the alphabet with its special tokens: set it to {size} or more"
         )
@@ -68,6 +69,16 @@ def _character(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokeni
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unk))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(special)
+    return backend
+
+
+def _word(texts: "_Counted", vocab_size: int, special: list[str]) -> Tokenizer:
+    words = sorted({word for text in texts for word in text.split()})
+    unk = next((name for name in special if name in USUAL["unk"]), None)
+    vocab = {name: i for i, name in enumerate([*special, *words])}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, **({} if unk is None else {"unk_token": unk})))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)  # without a decoder, tokens are joined by blanks
     return backend
 
 
@@ -151,4 +162,4 @@ class _Counted:
             yield text
 
 
-_MAKERS = {"character": _character, "bpe": _bpe, "bpe4": _bpe4, "wordpiece": _wordpiece}
+_MAKERS = {"character": _character, "word": _word, "bpe": _bpe, "bpe4": _bpe4, "wordpiece": _wordpiece}

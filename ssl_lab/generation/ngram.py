@@ -92,7 +92,8 @@ class WordScore:
     def __init__(self, ngram: NGram, tokenizer: Decodes, vocab_size: int) -> None:
         self.ngram, self.tokenizer = ngram, tokenizer
         names = [_name(tokenizer, i) for i in range(vocab_size)]
-        self.begins = torch.tensor([name[:1].isspace() or (name[:1] in _MARKS and name != "") for name in names])
+        whole = getattr(tokenizer, "of_words", False)
+        self.begins = torch.tensor([name != "" and (whole or name[0].isspace() or name[0] in _MARKS) for name in names])
         plain = [key[0] for key in ngram.entries if len(key) == 1 and not key[0].startswith("<")]
         self.letters = names if plain and all(len(word) == 1 for word in plain) else None
         self.blank = next((x for x in ("<space>", "_", "|", "\u2581") if (x,) in ngram.entries), " ")
