@@ -7,7 +7,7 @@ import torch
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench import peers
 from ssl_lab.bench.flops import count
-from ssl_lab.bench.harness import make
+from ssl_lab.bench.harness import make, make_rotary
 from ssl_lab.bench.loop import data_wait
 from ssl_lab.bench.report import Report, Row
 from ssl_lab.bench.step import method_step
@@ -139,23 +139,28 @@ CFG = {
     "dec_depth": 1, "dec_heads": 2, "mask": 0.75, "n_global": 2, "hidden": 32, "bottleneck": 16, "protos": 32,
     "out": 16, "T": 0.2, "device": "cpu", "precision": "bf16", "lr": 1e-4,
     "tdim": 16, "tdepth": 1, "theads": 2, "ctx": 6, "vocab": 40, "emb": 8, "ffn": 24, "seq": 6, "prompt": 4, "new": 3,
+    "kernel": 5,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["mae", "dino", "moco", "vit", "vit_infer", "clip", "llama"])
+@pytest.mark.parametrize("family", ["mae", "dino", "moco", "vit", "vit_infer", "clip", "llama", "conformer"])
 def test_the_harness_gets_a_step(family):
     image = batch()["image"]
     inputs = {"images": image, "labels": batch()["target"], "views": [image, image.flip(-1)]}
     tokens = torch.randint(1, 39, (len(image), 6), generator=torch.Generator().manual_seed(0))
     tokens[:, -1] = 39
     inputs |= {"global": inputs["views"], "local": [image[..., :PATCH, :PATCH]], "text": tokens, "ids": tokens}
+    inputs["x"] = torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(0))
     step = make(family, CFG, inputs)
     assert step.params > 1000
     assert torch.isfinite(step()) and torch.isfinite(step())
+    rotary = make_rotary(family, CFG, inputs)
+    assert (rotary is None) == (family != "conformer")
+    assert rotary is None or (torch.isfinite(rotary()) and rotary.params < step.params)  # no waves to project
 
 
 def test_the_harness_gets_none_for_what_we_do_not_have():
-    assert make("conformer", CFG, {}) is None
+    assert make("rwkv", CFG, {}) is None
 
 
 def test_a_report_is_json_and_a_table(tmp_path):

@@ -6,11 +6,12 @@ do the whole step on it: every term of the loss, fused AdamW, autocast in bf16.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench.step import TrainStep, dtypes, method_step
@@ -24,11 +25,12 @@ from ssl_lab.methods.mae import MAE
 from ssl_lab.methods.mae import Decoder as PixelDecoder
 from ssl_lab.methods.moco_v3 import MoCoV3
 from ssl_lab.methods.supervised import Supervised
+from ssl_lab.nn.conv import ConvModule
 from ssl_lab.nn.heads import DINOHead
 from ssl_lab.nn.positions import Rotary
-from ssl_lab.nn.recipes import llama_block, rms_norm
+from ssl_lab.nn.recipes import conformer_block, llama_block, rms_norm
 from ssl_lab.train.optim import Optim
-from ssl_lab.types import Batch
+from ssl_lab.types import Batch, Step
 from ssl_lab.weights.pair_facts import towers as pair_towers
 
 
@@ -38,19 +40,22 @@ def make(
     """One step of a family as a call that gives its loss; None where there is none of ours.
 
     Args:
-        family: mae, dino, moco, vit, vit_infer, clip, llama or llama_gen (a text, greedily); moco is MoCo v3, without
-            the frozen patch projection, which other libraries train.
+        family: mae, dino, moco, vit, vit_infer, clip, conformer (relative positions; `make_rotary` rotates), llama or
+            llama_gen (a text, greedily); moco is MoCo v3, without the frozen patch projection, which other libraries
+            train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
             `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
-            `out`, `T`; for vit and vit_infer `classes`; for clip `tdim`, `tdepth`, `theads`, `ctx`, `vocab`, `emb`;
-            for llama `dim`, `depth`, `heads`, `ffn`, `vocab`, `seq` in the place of the image sizes, for llama_gen
-            `prompt` and `new` tokens in the place of `seq`.
+            `out`, `T`; for vit and vit_infer `classes`; for clip `tdim`, `tdepth`, `theads`, `ctx`, `vocab`, `emb`.
+            In the place of the image sizes: for conformer `ffn` and `kernel`, for llama `ffn`, `vocab` and `seq`, for
+            llama_gen `prompt` and `new` tokens instead of `seq`.
         inputs: `images` (B, 3, H, W) float32, and `labels` (B,) int64 for vit; for dino lists `global` and `local` of
-            views, for moco a list `views`, for llama and llama_gen `ids` (B, L) int64, for clip `text` (B, L) int64
-            with the end token last.
+            views, for moco a list `views`, for conformer `x` (B, T, D) as a subsampling gives it, for llama and
+            llama_gen `ids` (B, L) int64, for clip `text` (B, L) int64 with the end token last.
     """
-    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "clip", "llama", "llama_gen"):
+    if family not in ("mae", "dino", "moco", "vit", "vit_infer", "clip", "conformer", "llama", "llama_gen"):
         return None
+    if family == "conformer":
+        return _conformer(cfg, inputs["x"], "relative")
     if family == "llama_gen":
         return GenerateStep(llama(cfg, cfg["prompt"] + cfg["new"]), cfg, inputs["ids"])
     device, precision = torch.device(cfg["device"]), "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
@@ -81,6 +86,11 @@ def make(
     return method_step(method, batch, device=device, precision=precision)
 
 
+def make_rotary(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> TrainStep | None:
+    """As `make`, a Conformer with rotated queries and keys; None for any other family."""
+    return _conformer(cfg, inputs["x"], "rope") if family == "conformer" else None
+
+
 def clip(cfg: Mapping[str, Any]) -> CLIP:
     """CLIP of the sizes in `cfg`, with exact GELU as in open_clip."""
     towers = {
@@ -108,6 +118,30 @@ def llama(cfg: Mapping[str, Any], max_length: int) -> Decoder:
         block=partial(llama_block, hidden=cfg["ffn"]),
         norm=rms_norm,
     )
+
+
+def _conformer(cfg: Mapping[str, Any], x: Tensor, positions: Literal["relative", "rope"]) -> TrainStep:
+    conv = partial(ConvModule, kernel_size=cfg["kernel"])
+    block = partial(conformer_block, mlp_ratio=cfg["ffn"] / cfg["dim"], conv=conv)
+    encoder = Conformer(cfg["dim"], cfg["depth"], cfg["heads"], positions=positions, block=block)
+    encoder.embed = torch.nn.Identity()  # type: ignore[assignment]
+    method = _MeanSquare(encoder)
+    method.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
+    precision = "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
+    return method_step(method, Batch(image=x), device=torch.device(cfg["device"]), precision=precision)
+
+
+class _MeanSquare(Method):
+    """Blocks alone, whose mean square output is the loss, as other libraries' encoders are timed."""
+
+    def __init__(self, encoder: Conformer) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def step(self, batch: Batch, progress: float) -> Step:
+        x = batch["image"]
+        found = self.encoder.contextualise(x, x.new_ones(x.shape[:2], dtype=torch.bool))
+        return Step(found.tokens.float().square().mean())
 
 
 def _method(family: str, encoder: ViT, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Method, Batch]:
