@@ -40,7 +40,8 @@ class VisionLanguage(nn.Module):
     marker, row by row. A row may have no image, or several.
 
     Args:
-        vision: image encoder.
+        vision: image encoder; or, with `layer=None`, whatever gives tokens of something else, such as a `Conformer` of
+            waveforms (N, S) of one length, which then stand wherever images do.
         connector: makes the connector, called with (width of `vision`, width of `decoder`).
         decoder: language model.
         image_token: id of the marker; it needs no row in the decoder's embedding.
@@ -215,7 +216,7 @@ class VisionLanguage(nn.Module):
         weight = self.decoder.embed.weight
         if not torch.is_grad_enabled() or "connector" in self.frozen:
             return weight.new_zeros(0, 1, self.decoder.dim)
-        if images is not None and images.dim() == 4:
+        if images is not None and images.dim() > 1:
             shape = images.shape[1:]
         elif isinstance(self.vision, ViT):
             side = self.vision.grid[0] * self.vision.patch_embed.patch_size

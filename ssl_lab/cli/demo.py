@@ -81,8 +81,6 @@ class Page:
     def _seen(self, talk: Conversation) -> Tensor:
         """(3, H, W) uint8: the part of the picture that the model sees, larger than it sees it."""
         look = talk.partner.look
-        if not isinstance(look, Resize):
-            return talk.pictures[0]
         scale = math.ceil(_SIDE / look.size)
         view = Resize(
             look.size * scale, crop_pct=look.size / look.resize, interpolation=look.mode.value, stats=look.stats
@@ -94,10 +92,13 @@ def run(cfg: DictConfig) -> None:
     """Serve the page until it is interrupted.
 
     Raises:
-        UserError: gradio is missing, no such run, one that does not see and speak, or a port that is taken.
+        UserError: gradio is missing, no such run, one that does not see and speak (or listens), or a port that is taken.
     """
     gradio = _gradio()
-    blocks, options = page(gradio, Page(conversation(cfg)))
+    talk = conversation(cfg)
+    if not isinstance(talk.partner.look, Resize):
+        raise UserError(f"ckpt={cfg.ckpt} is shown no pictures, so there is no page for it: ask it with ssl-lab chat")
+    blocks, options = page(gradio, Page(talk))
     print(
         f"http://{cfg.host}:{cfg.port} is the page, on this machine and without the internet; ctrl-c ends it",
         flush=True,

@@ -16,6 +16,8 @@ from ssl_lab.cli.generate import PRECISIONS, device_named
 from ssl_lab.cli.saved import load_config, run_folder
 from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
+from ssl_lab.data.audio_decode import decode_audio
+from ssl_lab.data.conversation_sound import SoundViews
 from ssl_lab.data.conversation_text import ConversationEncoder, Message
 from ssl_lab.data.decode import Unreadable, decode
 from ssl_lab.errors import UserError
@@ -57,7 +59,7 @@ class Conversation:
         partner: who answers.
         sampling: how its words are chosen.
         max_new_tokens: of an answer.
-        pictures: (3, Hi, Wi) uint8 each.
+        pictures: (3, Hi, Wi) uint8 each; or clips (Si,) float32, of a model that listens.
         visual: what the model sees of them, (N, Q, D).
         messages: what was said so far.
     """
@@ -74,9 +76,9 @@ class Conversation:
         """Begin anew with other pictures.
 
         Raises:
-            UserError: a file that is no picture.
+            UserError: a file that is no picture, or no sound.
         """
-        self.pictures = [_picture(Path(file).expanduser()) for file in files]
+        self.pictures = [_open(Path(file).expanduser(), self.partner.look) for file in files]
         self.visual, self.messages, self._said = self.partner.see(self.pictures), [], None
 
     def ask(self, asked: str) -> Iterator[str]:
@@ -171,11 +173,13 @@ def _require(asked: str, marker: str, pictures: int) -> None:
         )
 
 
-def _picture(file: Path) -> Tensor:
+def _open(file: Path, look: Any) -> Tensor:
+    """A picture (3, H, W) uint8, or for a model that listens a clip (S,) float32."""
+    hears = isinstance(look, SoundViews)
     if not file.is_file():
-        raise UserError(f"image={file} does not exist: give a picture")
+        raise UserError(f"image={file} does not exist: give a {'recording' if hears else 'picture'}")
     try:
-        return decode(file.read_bytes())
+        return decode_audio(file, look.whole.sampling_rate) if hears else decode(file.read_bytes())
     except Unreadable as reason:
         raise UserError(f"image={file} cannot be read: {reason}") from None
 
