@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssl_lab.bench.scaling_law import Chinchilla, Kaplan, Point, _descend, fit_chinchilla, fit_kaplan
+from ssl_lab.bench.scaling_report import Measured, conclude
 from ssl_lab.errors import UserError
 
 HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # eq. 10 of arXiv:2203.15556
@@ -100,3 +101,15 @@ def test_too_few_runs_are_refused() -> None:
 def test_what_the_runs_do_not_determine_is_said() -> None:
     rising = [Point(n, d, 2.0 + 0.1 * math.log(n)) for n in (1e5, 1e6, 1e7) for d in (1e6, 1e7, 1e8)]
     assert "do not determine" in (fit_kaplan(rising, resamples=0).note or "")
+
+
+def test_runs_that_follow_no_law_are_called_so() -> None:
+    facts = {"size": "", "duration": "", "unit": "tokens", "flops": 1e12, "epochs": 1.0}
+    jumping = [
+        Measured(n, d, 0.2 if n * d > 1e12 else 2.0 + n / 1e7, **facts)
+        for n in (1e5, 3e5, 1e6, 3e6)
+        for d in (1e6, 3e6, 1e7)
+    ]
+    assert any("they follow no such law" in note for note in conclude("jump", jumping).notes)
+    smooth = [Measured(p.parameters, p.tokens, p.loss, **facts) for p in runs(HOFFMANN, SIZES, LENGTHS)]
+    assert not any("Chinchilla" in note for note in conclude("smooth", smooth).notes)

@@ -1,5 +1,9 @@
 """FSDP2 on two gloo processes: what one process with the whole batch computes, and an ordinary method afterwards."""
 
+import os
+import socket
+import sys
+
 import pytest
 import torch
 from ranks import WORLD, on_ranks, part
@@ -8,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training import TINY, rows, run
+from training import _processes, results, rows
 
 from ssl_lab.errors import UserError
 from ssl_lab.nn.block import Block, Context
@@ -116,32 +120,97 @@ def test_parts_of_uneven_size_come_together_again(ranks):
     assert torch.equal(ranks[0]["uneven"]["like"], torch.arange(15.0).view(5, 3) * 2)
 
 
-TWO = ["trainer.devices=2", "data.batch_size=4"]
+DYING = """
+import os, signal
+from ssl_lab.methods.causal_lm import CausalLM
+class Dying(CausalLM):
+    def step(self, batch, progress):
+        if os.environ.get("DIE") == str(self.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(batch, progress)
+"""
+WORDS = ["method=causal_lm", "method._target_=dying.Dying", "data.rows=40", "duration=6steps", "save_steps=2"]
+WORDS += ["method.decoder.dim=16", "method.decoder.depth=2", "method.decoder.num_heads=2", "optim.eps=1e-4"]
+WORDS += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=1.0"]
+ONE, TWO = ["data.batch_size=8"], ["data.batch_size=4", "trainer.devices=2", "strategy=fsdp2"]
 
 
-def state(out):
-    return checkpoint.read(checkpoint.find(out))
+def _process(words, env, log):
+    os.environ.update(env)
+    sys.path.insert(0, env["PYTHONPATH"])
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from lightning.fabric.utilities.rank_zero import rank_zero_only as fabrics
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from ssl_lab.cli.main import main
+
+    rank_zero_only.rank = fabrics.rank = int(env.get("RANK", 0))  # read from the environment when it was imported
+    torch.set_num_threads(1)
+    sys.argv = ["ssl-lab", *words]
+    sys.exit(main())
+
+
+def finished(words, folder, ranks=1, code=0, **env):
+    """Run a command line as torchrun would on every rank; all must end with `code`, or without 0 where that is None."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env |= {"PYTHONPATH": str(folder)}
+    if ranks > 1:
+        env |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    logs = [folder / f"log{rank}" for rank in range(ranks)]
+    started = []
+    for rank, log in enumerate(logs):
+        mine = env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        started.append(_processes.Process(target=_process, args=(words, mine, str(log))))
+        started[-1].start()
+    for process in started:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    text = "".join(log.read_text() for log in logs)
+    codes = [process.exitcode for process in started]
+    assert codes == [code] * ranks or (code is None and all(codes)), (codes, text)
+    return text
 
 
 def test_runs_go_on_under_another_strategy_and_number_of_ranks(tmp_path):
-    """Two steps sharded, two by one process, two sharded again: the end of one that was left alone, up to rounding."""
-    words = [*TINY, "method=causal_lm", "data=captions", "data.rows=40", "optim.eps=1e-4", "duration=6steps"]
-    words = [w for w in words if not w.startswith(("method=mae", "backbone=", "data=shapes", "data.t", "method.enc"))]
-    words = [w for w in words if not w.startswith("method.decoder")]
-    words += ["method.decoder.dim=16", "method.decoder.depth=2", "method.decoder.num_heads=2"]
-    whole_, out = tmp_path / "whole", tmp_path / "out"
-    assert run([*words, f"out={whole_}", "eval=[perplexity]"]) == 0
-    fault = ("backward", 3)
-    log = tmp_path / "log"
-    assert run([*words, *TWO, "strategy=fsdp2", f"out={out}"], fault, log=log) != 0
-    assert checkpoint.find(out).name == "step=2.ckpt", log.read_text()
-    assert run([*words, f"out={out}"], fault) == -9
+    """Two steps divided, two by one process, two divided again: the end of one that was left alone, up to rounding."""
+    (tmp_path / "dying.py").write_text(DYING)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    judged = ["eval=[perplexity]", "eval.perplexity.every=5"]
+    finished([*WORDS, *ONE, *judged, f"out={straight}"], tmp_path)
+    finished([*WORDS, *TWO, f"out={out}"], tmp_path, 2, None, DIE="3")
+    assert checkpoint.find(out).name == "step=2.ckpt"
+    finished([*WORDS, *ONE, f"out={out}"], tmp_path, 1, -9, DIE="5")
     assert checkpoint.find(out).name == "step=4.ckpt"
-    assert run([*words, *TWO, "strategy=fsdp2", "eval=[perplexity]", f"out={out}"], log=log) == 0, log.read_text()
-    one, other = state(whole_), state(out)
+    finished([*WORDS, *TWO, *judged, f"out={out}"], tmp_path, 2)
+    one, other = (checkpoint.read(checkpoint.find(folder)) for folder in (straight, out))
     assert one["global_step"] == other["global_step"] == 6
+    assert one["optimizer_states"][0].keys() == other["optimizer_states"][0].keys()
     for name, value in one["state_dict"].items():
-        torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-4, atol=1e-5)
-    losses = [[float(row["train/loss"]) for row in rows(folder)] for folder in (whole_, out)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert (out / "last.safetensors").exists() and (out / "metrics.json").exists()
+        torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    lines = [rows(folder) for folder in (straight, out)]
+    for name in ("train/loss", "opt/grad_norm"):
+        left, right = ([float(line[name]) for line in table] for table in lines)
+        assert right == pytest.approx(left, rel=1e-4), name
+    (mid,), (there,) = ([r["eval/perplexity/nats"] for r in table if r["eval/perplexity/nats"]] for table in lines)
+    assert float(there) == pytest.approx(float(mid), rel=1e-4)
+    left, right = (dict(r[3:] for r in results(folder)) for folder in (straight, out))
+    assert right == pytest.approx(left, rel=1e-4)
+    assert (out / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["ema=0.9"], "ema= keeps whole copies"),
+        (["optim.name=muon"], "does not go with Muon"),
+    ],
+)
+def test_what_cannot_be_divided_is_said(tmp_path, more, said):
+    words = [w for w in WORDS if "_target_" not in w]
+    assert said in finished([*words, *TWO, *more, f"out={tmp_path / 'out'}"], tmp_path, 2, 2)

@@ -9,6 +9,8 @@ from ssl_lab.bench.scaling_law import Fit, Law, Point, fit_chinchilla, fit_kapla
 from ssl_lab.errors import UserError
 
 _BEYOND = (1, 10, 100)  # budgets, in FLOPs of the largest run
+_ROUGH = 0.05  # root mean square difference of log L that a law may have and still be one
+_OPEN = 0.3  # width of an exponent's range beyond which it tells nothing
 _REPEATED = 4  # epochs; more of the same tokens teach clearly less than fresh ones (arXiv:2305.16264)
 
 
@@ -98,6 +100,15 @@ def conclude(name: str, measured: Sequence[Measured], failed: Sequence[str] = ()
             laws[law] = fit(measured)
         except UserError as error:
             notes.append(f"{law}: {error}")
+    notes += [
+        f"{law}: the runs are off by {fit.error:.0%}: they follow no such law, so do not build on its sizes"
+        for law, fit in laws.items()
+        if fit.note is None and fit.error > _ROUGH
+    ]
+    for law, fit in laws.items():
+        low, high = fit.ranges.get("exponent", (0.0, 0.0))
+        if fit.note is None and high - low > _OPEN:
+            notes.append(f"{law}: these runs leave open how the best N grows: more sizes, and more lengths of each")
     if (most := max((m.epochs for m in measured), default=0.0)) > _REPEATED:
         notes.append(f"the longest run saw its data {most:.1f} times: repeated data teach less than the laws assume")
     best = [b for law, fit in laws.items() if fit.note is None for b in _budgets(law, fit.law, measured, work)]

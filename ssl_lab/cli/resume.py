@@ -106,14 +106,16 @@ def save_config(out: Path, config: Mapping[str, Any]) -> None:
     write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
-def require_same(out: Path, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
-    """Compare what makes the run what it is, except the keys in `free`, with the config.yaml in its folder.
+def require_same(
+    out: Path, config: Mapping[str, Any], free: Collection[str] = (), *, file: str = "config.yaml"
+) -> None:
+    """Compare what makes the run what it is, except the keys in `free`, with the `file` in its folder.
 
     Raises:
         UserError: they differ.
     """
     try:
-        former = yaml.safe_load((out / "config.yaml").read_text())
+        former = yaml.safe_load((out / file).read_text())
     except (OSError, yaml.YAMLError):
         return  # nothing to compare with
     there, here = _identity(former), _identity(yaml.safe_load(yaml.safe_dump(dict(config))))

@@ -151,7 +151,7 @@ def _finished(cell: Cell) -> bool:
     """
     if not (cell.out / "cell.json").is_file():
         return False
-    require_same(cell.out, cell.config)
+    require_same(cell.out, cell.config, file="cell.yaml")  # config.yaml has what the data decided, too
     return yaml.safe_load((cell.out / "cell.yaml").read_text()) == cell.config  # else it is evaluated again
 
 
