@@ -95,9 +95,9 @@ def conclude(name: str, measured: Sequence[Measured], failed: Sequence[str] = ()
     laws: dict[str, Fit[Any]] = {}
     notes: list[str] = []
     fits: dict[str, Callable[..., Fit[Any]]] = {"Chinchilla": fit_chinchilla, "Kaplan": fit_kaplan}
-    for law, fit in fits.items():
+    for law, fitted in fits.items():
         try:
-            laws[law] = fit(measured)
+            laws[law] = fitted(measured)
         except UserError as error:
             notes.append(f"{law}: {error}")
     notes += [
