@@ -34,10 +34,14 @@ def choosing(group, choice):
     if "spoken" in choice:
         beside += ["data=shapes_spoken"] if group == "views" else ["views@data.views=spoken"]
         beside += ["method.text.backbone.max_length=32"]
+    if choice in LISTENING:
+        beside += ["data=tones_questions"] if group == "views" else ["views@data.views=conversations_sound"]
+        beside += ["backbone@method.model.vision=conformer_small"]
     place = [f"{place}=[{choice}]" if group == "eval" else f"{place}={choice}"]
     return [*place, *beside, *([PATH] if group == "data" else [])]
 
 
+LISTENING = ("conversations_sound", "tones_questions", "digits_questions")
 READERS = {  # of what neither images give nor a method chooses by itself
     ("views", "mask_pairs"): "masked_lm",
     **{("data", name): "masked_lm" for name in ("text", "tinyshakespeare", "passages")},
@@ -48,6 +52,7 @@ READERS = {  # of what neither images give nor a method chooses by itself
     ("data", "cifar10_pixels"): "causal_lm",
     **{("data", name): "llava" for name in ("easy_vqa", "image_captions", "image_classes", "conversations")},
     ("views", "pixels"): "causal_lm",
+    **{(group, name): "llava" for group in ("data", "views") for name in LISTENING},
 }
 SOUND = ("tones", "tones_sequences", "digits", "digits_connected", "audio", "speech", "audio_whole")
 FAMILIES = {

@@ -92,7 +92,7 @@ def run(cfg: DictConfig) -> None:
     """Serve the page until it is interrupted.
 
     Raises:
-        UserError: gradio is missing, no such run, one that does not see and speak (or listens), or a port that is taken.
+        UserError: gradio is missing, no such run, one that does not see and speak, or a taken port.
     """
     gradio = _gradio()
     talk = conversation(cfg)
