@@ -62,12 +62,12 @@ class Chinchilla:
     beta: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+        return self.E + _power(self.A, parameters, -self.alpha) + _power(self.B, tokens, -self.beta)
 
     def best_parameters(self, flops: float, work: float = 6.0) -> float:
         """Eq. 4 of Hoffmann et al.: G (C / work)^a."""
-        balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return balance * (flops / work) ** self.exponent
+        balance = math.log(self.alpha * self.A) - math.log(self.beta * self.B)
+        return _exp(balance / (self.alpha + self.beta) + self.exponent * math.log(flops / work))
 
     @property
     def exponent(self) -> float:
@@ -84,7 +84,8 @@ class Kaplan:
     alpha_d: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        return ((self.Nc / parameters) ** (self.alpha_n / self.alpha_d) + self.Dc / tokens) ** self.alpha_d
+        share = self.alpha_n / self.alpha_d
+        return _power(1.0, _power(1.0, self.Nc / parameters, share) + self.Dc / tokens, self.alpha_d)
 
     def best_parameters(self, flops: float, work: float = 6.0) -> float:
         """Where the derivative of the inner sum along work N D = flops is 0.
@@ -92,7 +93,7 @@ class Kaplan:
         Another question than the compute-efficient frontier of the paper, which stops large models early.
         """
         p = self.alpha_n / self.alpha_d
-        return (p * self.Nc**p * flops / (work * self.Dc)) ** self.exponent
+        return _exp((math.log(p * flops / (work * self.Dc)) + p * math.log(self.Nc)) * self.exponent)
 
     @property
     def exponent(self) -> float:
@@ -254,14 +255,23 @@ def _descend(curve: Curve, theta: Tensor, target: Tensor, counts: Tensor, *, ste
 
 
 def _doubt(law: Law) -> str | None:
-    powers = {name: value for name, value in asdict(law).items() if "alpha" in name or name == "beta"}  # type: ignore[call-overload]
-    wrong = [name for name, value in powers.items() if not 0 < value < 5]
+    constants = asdict(law)  # type: ignore[call-overload]
+    wrong = [
+        name
+        for name, value in constants.items()
+        if not (1e-3 < value < 5 if "alpha" in name or name == "beta" else 0 <= value < math.inf)
+    ]
     return f"these runs do not determine {', '.join(wrong)}" if wrong else None
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:
     ordered = sorted(values)
     return ordered[round(0.1 * (len(ordered) - 1))], ordered[round(0.9 * (len(ordered) - 1))]
+
+
+def _power(factor: float, base: float, exponent: float) -> float:
+    """factor * base ** exponent, without an end where that is beyond all numbers."""
+    return _exp(math.log(factor) + exponent * math.log(base)) if factor > 0 and base > 0 else 0.0
 
 
 def _exp(x: float) -> float:
