@@ -243,7 +243,7 @@ def test_a_long_extraction_is_shown(monkeypatch):
         for done in (50, 100):
             now[0] += 20
             shown.rows("test", done, 60)
-    assert console.file.getvalue() == "trained: features of train, 3,100 of 5,000 images, 100 a second\n"
+    assert console.file.getvalue() == "trained: features of train, 3,100 of 5,000, 100 a second\n"
 
 
 def test_rows_are_plain_json(trained):

@@ -54,7 +54,7 @@ class Extraction(Watch):
         total = self._lengths.get(split, done)
         total = total if limit is None else min(total, limit)
         rate = (done - self._first) / max(now - self._begun, 1e-9)
-        text = f"{self.subject}: features of {split}, {done:,} of {total:,} images, {rate:,.0f} a second"
+        text = f"{self.subject}: features of {split}, {done:,} of {total:,}, {rate:,.0f} a second"
         if self._console.is_terminal:
             self.say(text)
         else:
