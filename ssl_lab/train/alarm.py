@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_lab import dist
 from ssl_lab.spread import feature_std, rankme
 from ssl_lab.train.callbacks import aside
+from ssl_lab.train.sharded import gathered
 from ssl_lab.types import Batch, Embeds
 
 _PROBE = 256  # samples that are looked at
@@ -40,8 +41,13 @@ class CollapseAlarm(L.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not isinstance(pl_module, Embeds):
             return
-        if (step % trainer.log_every_n_steps and step != trainer.max_steps) or dist.rank() > 0:  # type: ignore[attr-defined]
+        if step % trainer.log_every_n_steps and step != trainer.max_steps:  # type: ignore[attr-defined]
             return
+        with gathered(pl_module):  # which every rank must ask for
+            if dist.rank() == 0:
+                self._look(trainer, pl_module, batch, step)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, step: int) -> None:
         batch = batch if "views" not in batch else Batch(image=batch["views"][0])
         probe = {key: value[:_PROBE] for key, value in batch.items() if isinstance(value, Tensor)}
         with aside(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -99,11 +99,10 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
-    def teardown(self) -> None:
-        """Training is over: what follows finds an ordinary method with all of its weights on every rank."""
-        if self.model is not None:
-            restore_(self.model)
-        super().teardown()
+    def on_train_end(self) -> None:
+        """Training went well: what follows finds an ordinary method with all of its weights on every rank."""
+        assert self.model is not None
+        restore_(self.model)
 
     def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
         return state if self.is_global_zero else {}
@@ -130,18 +129,23 @@ def shard_(method: nn.Module, mesh: DeviceMesh) -> None:
 def gathered(method: nn.Module) -> Iterator[None]:
     """All weights on every rank meanwhile, so that any rank may call any part of a sharded method by itself.
 
-    Only between two training steps; without one before, it would not know its root.
+    Between two training steps; every rank must enter. Anything else than a sharded method stays as it is.
     """
     parts = [module for module in method.modules() if isinstance(module, FSDPModule)]
+    # The hooks keep an order of forwards, which a rank that has more of them than the others would have alone.
+    hooks = [held for part in parts for held in (part._forward_pre_hooks, part._forward_hooks)]
+    former = [held.copy() for held in hooks]
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+    for held in hooks:
+        held.clear()
     try:
         yield
     finally:
+        for held, before in zip(hooks, former, strict=True):
+            held.update(before)
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not method, recurse=False)
 
 
 def restore_(method: nn.Module) -> None:
