@@ -51,7 +51,7 @@ class CollapseAlarm(L.Callback):
         batch = batch if "views" not in batch else Batch(image=batch["views"][0])
         probe = {key: value[:_PROBE] for key, value in batch.items() if isinstance(value, Tensor)}
         with aside(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            features: Tensor = pl_module.embed(probe)  # type: ignore[arg-type]
+            features: Tensor = pl_module.embed(probe)  # type: ignore[operator]
         if not features.isfinite().all():  # of a batch that is not finite itself: the guard's business
             return
         self.values = {"train/feature_std": float(feature_std(features)), "train/rankme": float(rankme(features))}
