@@ -66,7 +66,8 @@ def test_examples_in_the_help_compose(name, capsys, tmp_path, monkeypatch, verb)
     from ssl_lab.cli.usage import EXAMPLES
 
     monkeypatch.chdir(tmp_path)
-    verb(lambda cfg: None, name)
+    for body in (name, "bench_suite"):  # the latter is what `bench suite=` calls
+        verb(lambda cfg: None, body)
     for line in EXAMPLES[name]:
         assert main(line.split()[1:]) == 0, (line, capsys.readouterr().err)
 
