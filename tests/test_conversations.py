@@ -179,6 +179,32 @@ def test_an_image_whose_marker_is_cut_off_goes_too():
     assert batch["images"].shape == (0, 3, 32, 32)
 
 
+def test_images_that_are_known_are_not_read_again():
+    encode = encoder()
+    source, at = several(encode), torch.arange(4)
+    known = torch.tensor([False, True, False, True, False, False])
+    asked = []
+    lean = source.without(lambda count: asked.append(count) or known)
+    assert asked == [6] and source.known is None
+    read = []
+    original = source.images.read
+    source.images.read = lambda rows: read.extend(rows) or original(rows)
+    samples = lean.read([0, 1, 2, 3])
+    assert read == [0, 2] and samples.data.given == [True, False, True, False]
+    whole, part = (ConversationViews(Resize(32))(x.read([0, 1, 2, 3]).data, at, 0) for x in (source, lean))
+    assert part["image_given"].tolist() == [True, False, True, False] and "image_given" not in whole
+    assert torch.equal(part["images"], whole["images"][part["image_given"]])
+    for name in ("image_ids", "image_rows", "tokens", "labels"):
+        assert torch.equal(part[name], whole[name])
+    for pack in (20, 60):
+        views = ConversationViews(Resize(32), pack=pack, image_length=16)
+        whole, part = (views(x.read([3, 2, 1, 0]).data, at, 0) for x in (source, lean))
+        assert torch.equal(part["images"], whole["images"][part["image_given"]])
+        assert part["image_given"].tolist() == [not known[i] for i in whole["image_ids"]]
+    known[:] = True
+    assert ConversationViews(Resize(32))(lean.read([0]).data, at[:1], 0)["images"].shape == (0, 3, 32, 32)
+
+
 def test_a_conversation_whose_image_is_unreadable_is_replaced_as_a_whole():
     samples = several(encoder(), broken=(0, 2)).read([0, 1, 2, 3])
     assert samples.rows[1] == 1 and samples.rows[3] == 3 and {int(x) for x in samples.rows} <= {1, 3}
@@ -199,6 +225,9 @@ def test_questions_about_shapes():
     assert len(whole) == 20 and all(len(one.messages) == 4 for one in whole.dialogues)
     assert [m["content"].count(MARKER) for m in whole.dialogues[0].messages] == [1, 0, 0, 0]
     assert train.read([0, 5]).data.images.shape == (2, 3, 32, 32)
+    told = build.shapes("train", 20, encode, kinds=["caption"])
+    assert len(told) >= 60 and {m["content"] for one in told.dialogues for m in one.messages[:1]} == {MARKER}
+    assert told.question(0)[1][0].startswith("a large")
     with pytest.raises(UserError, match="kinds=size"):
         build.shapes("train", 2, encode, kinds=["size"])
 

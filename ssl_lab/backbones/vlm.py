@@ -1,6 +1,7 @@
 """A language model that sees: image encoder, connector and decoder, joined as in LLaVA (arXiv:2304.08485)."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -87,6 +88,12 @@ class VisionLanguage(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+    def with_parts(self, parts: Mapping[str, nn.Module]) -> "VisionLanguage":
+        """The same with other modules in the place of some of its parts; all the rest is shared, not copied."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, **parts}
+        return other
+
     def forward(
         self,
         tokens: Tensor,
@@ -113,7 +120,7 @@ class VisionLanguage(nn.Module):
         Raises:
             UserError: as many markers as images are wanted, and packed rows have no prefix.
         """
-        visual = self.see(images) if images is not None and len(images) else self._nothing(tokens, images)
+        visual = self.see(images) if images is not None and len(images) else self.nothing(images)
         return self.spliced(tokens, visual, valid=valid, segments=segments, labels=labels)
 
     def spliced(
@@ -211,8 +218,12 @@ class VisionLanguage(nn.Module):
             "for each image, in their order"
         )
 
-    def _nothing(self, tokens: Tensor, images: Tensor | None) -> Tensor:
-        """(0, Q, D), where the connector learns as a part of the graph: its gradients are then 0, not missing."""
+    def nothing(self, images: Tensor | None = None) -> Tensor:
+        """(0, Q, D), where the connector learns as a part of the graph: its gradients are then 0, not missing.
+
+        Raises:
+            UserError: neither `images` (0, C, H, W) nor a ViT tell how large one would be.
+        """
         weight = self.decoder.embed.weight
         if not torch.is_grad_enabled() or "connector" in self.frozen:
             return weight.new_zeros(0, 1, self.decoder.dim)

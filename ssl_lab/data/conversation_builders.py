@@ -16,7 +16,7 @@ from ssl_lab.data.pairs_shapes import ShapesPairs
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold
 
-Kind = Literal["shape", "color", "texture", "count", "background", "place", "presence"]
+Kind = Literal["shape", "color", "texture", "count", "background", "place", "presence", "caption"]
 _KINDS: dict[Kind, tuple[str, ...]] = {  # how a question of the shapes world begins or ends
     "shape": ("what shape",),
     "color": ("what color",),
@@ -25,6 +25,7 @@ _KINDS: dict[Kind, tuple[str, ...]] = {  # how a question of the shapes world be
     "background": ("what is the background",),
     "place": ("where is",),
     "presence": ("is there",),
+    "caption": (),
 }
 _QUESTIONS, _ANSWERS = ("questions", "question"), ("answers", "answer", "multiple_choice_answer")
 Asked = tuple[str, str, tuple[str, ...]]  # a question, what is said to it, and all answers that count as right
@@ -137,7 +138,7 @@ def shapes(
         split: train or test.
         length: scenes.
         encode: makes tokens of conversations.
-        kinds: what is asked about.
+        kinds: what is asked about; `caption` asks nothing and is answered with a sentence.
         image_size: side in pixels.
         seed: of the world.
         turns: as in `questions`.
@@ -154,6 +155,9 @@ def shapes(
         [(q, a, ()) for q, a in asked if q.startswith(wanted) or q.endswith(wanted)]
         for asked in images.questions(range(length))
     ]
+    if "caption" in kinds:
+        for asked, texts in zip(pairs, images.captions(range(length)), strict=True):
+            asked += [("", text, ()) for text in texts]
     return Conversations(images, dialogues(pairs, encode, turns), encode, origin="shapes")
 
 

@@ -18,7 +18,7 @@ from ssl_lab.data.text_tables import divided, find, read_text
 from ssl_lab.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TURNS, _IMAGES = ("conversations", "messages"), ("image", "images")
+TURNS, _IMAGES = ("conversations", "messages"), ("image", "images")
 
 
 def conversations(
@@ -45,6 +45,25 @@ def conversations(
     Raises:
         UserError: nothing there, no such columns, or a role that is not known.
     """
+    rows, store = read_rows(path, split, TURNS, image_folder)
+    turns = store.column_of(TURNS)
+    dialogues = []
+    for number, row in enumerate(rows):
+        messages = [message(x, f"{path} row {number}", encode.marker) for x in row[turns]]
+        images = store.take(row)
+        dialogues.append(Dialogue(images, marked(messages, len(images), encode)))
+    found = EncodedImages(store, str(path), split, bad_samples=bad_samples) if len(store) else None
+    return Conversations(found, dialogues, encode, origin=str(path))
+
+
+def read_rows(
+    path: str | Path, split: str, columns: Sequence[str], image_folder: str | Path | None
+) -> tuple[list[dict[str, Any]], "ImageStore"]:
+    """Rows of a split with those of `columns` that the files have, and what knows their images.
+
+    Raises:
+        UserError: nothing there, or nothing left for the split.
+    """
     local = Path(path).expanduser()
     if not local.exists():
         raise UserError(missing(local))
@@ -52,29 +71,28 @@ def conversations(
     if not files:
         raise UserError(f"{path} holds no conversations: give a .json, .jsonl or .parquet file, or a folder of them")
     chosen, divide = divided(local, files, split)
-    rows, store = _parquet(chosen) if chosen[0].suffix == ".parquet" else _json(chosen)
-    turns = next((x for x in _TURNS if rows and x in rows[0]), None)
-    if turns is None:
-        raise UserError(f"{chosen[0]} has no column {' or '.join(_TURNS)}")
+    rows, store = _parquet(chosen, columns) if chosen[0].suffix == ".parquet" else _json(chosen)
     if divide:
         kept = share([zlib.crc32(_key(row, i).encode()) for i, row in enumerate(rows)], split)
         rows = [rows[i] for i in kept]
         if not rows:
             raise UserError(f"{path} has too few images to hold a tenth out: nothing is left for {split}; give more")
     store.base = Path(image_folder).expanduser() if image_folder is not None else chosen[0].parent
-    dialogues = []
-    for number, row in enumerate(rows):
-        messages = [_message(x, f"{path} row {number}") for x in row[turns]]
-        count = store.take(row)
-        dialogues.append(Dialogue(tuple(range(len(store) - count, len(store))), _marked(messages, count, encode)))
-    images = EncodedImages(store, str(path), split, bad_samples=bad_samples) if len(store) else None
-    return Conversations(images, dialogues, encode, origin=str(path))
+    return rows, store
 
 
-class _Store:
-    """Images by number: what the rows hold, or where it lies in a table that is read when it is needed."""
+class ImageStore:
+    """Images by number: what the rows hold, or where it lies in a table that is read when it is needed.
 
-    def __init__(self, column: str | None, table: Any = None) -> None:
+    Args:
+        file: the first one, for messages.
+        names: columns that the files have.
+        column: of the images in `table`.
+        table: parquet; None = rows hold paths.
+    """
+
+    def __init__(self, file: Path, names: Sequence[str], column: str | None = None, table: Any = None) -> None:
+        self.file, self.names = file, list(names)
         self.column, self.table, self.base = column, table, Path()
         self.cells: list[Any] = []  # a path, or (row, place) of the table
         self.classes: list[str] = []
@@ -82,16 +100,26 @@ class _Store:
     def __len__(self) -> int:
         return len(self.cells)
 
-    def take(self, row: dict[str, Any]) -> int:
-        """Number the images of a row; gives how many it has."""
+    def column_of(self, names: Sequence[str]) -> str:
+        """The first of `names` that the files have.
+
+        Raises:
+            UserError: none of them.
+        """
+        found = next((name for name in names if name in self.names), None)
+        if found is None:
+            raise UserError(f"{self.file} has no column {' or '.join(names)}: it has {', '.join(self.names)}")
+        return found
+
+    def take(self, row: dict[str, Any]) -> tuple[int, ...]:
+        """Number the images of a row; gives their numbers."""
+        begin = len(self.cells)
         if self.table is not None:
-            found = [(row["row"], k) for k in range(row["count"])]
-            self.cells += found
-            return len(found)
-        value = next((row[x] for x in _IMAGES if row.get(x)), None)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        self.cells += listed
-        return len(listed)
+            self.cells += [(row["row"], k) for k in range(row["count"])]
+        else:
+            value = next((row[x] for x in _IMAGES if row.get(x)), None)
+            self.cells += value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(range(begin, len(self.cells)))
 
     def blobs(self, rows: Sequence[int]) -> list[bytes]:
         return [bytes_of(self._cell(self.cells[row]), self.base) for row in rows]
@@ -110,7 +138,7 @@ class _Store:
         return value[cell[1]] if isinstance(value, list) else value
 
 
-def _json(files: Sequence[Path]) -> tuple[list[dict[str, Any]], _Store]:
+def _json(files: Sequence[Path]) -> tuple[list[dict[str, Any]], ImageStore]:
     rows: list[dict[str, Any]] = []
     for file in files:
         text = read_text(file)
@@ -125,21 +153,21 @@ def _json(files: Sequence[Path]) -> tuple[list[dict[str, Any]], _Store]:
         rows += found
     if not rows:
         raise UserError(f"{files[0]} has no rows")
-    return rows, _Store(None)
+    return rows, ImageStore(files[0], list(rows[0]))
 
 
-def _parquet(files: Sequence[Path]) -> tuple[list[dict[str, Any]], _Store]:
+def _parquet(files: Sequence[Path], columns: Sequence[str]) -> tuple[list[dict[str, Any]], ImageStore]:
     """Rows without their images, which stay in the file."""
     import datasets
     import pyarrow as pa
 
     table = datasets.load_dataset("parquet", data_files=[str(x) for x in files], split="train")
     names = list(table.features)
-    turns = next((x for x in _TURNS if x in names), None)
-    if turns is None:
-        raise UserError(f"{files[0]} has no column {' or '.join(_TURNS)}: it has {', '.join(names)}")
     column = next((x for x in _IMAGES if x in names), None)
-    rows: list[dict[str, Any]] = [{turns: value, "row": i, "count": 0} for i, value in enumerate(table[turns])]
+    rows: list[dict[str, Any]] = [{"row": i, "count": 0} for i in range(len(table))]
+    for name in (x for x in columns if x in names):
+        for row, value in zip(rows, table[name], strict=True):
+            row[name] = value
     if column is not None:
         feature = table.features[column]
         if isinstance(feature, datasets.Image):
@@ -150,7 +178,7 @@ def _parquet(files: Sequence[Path]) -> tuple[list[dict[str, Any]], _Store]:
         for row, cell in zip(rows, cells, strict=True):
             several = isinstance(cell.type, pa.ListType | pa.LargeListType)
             row["count"] = 0 if not cell.is_valid else len(cell) if several else 1
-    return rows, _Store(column, table)
+    return rows, ImageStore(files[0], names, column, table)
 
 
 def _key(row: dict[str, Any], number: int) -> str:
@@ -159,18 +187,25 @@ def _key(row: dict[str, Any], number: int) -> str:
     return str((value[0] if isinstance(value, list) else value) if value else number)
 
 
-def _message(turn: Any, where: str) -> Message:
+def message(turn: Any, where: str, marker: str) -> Message:
+    """A turn with `role` or `from` and with `content` or `value`, a text or a list of typed parts.
+
+    Raises:
+        UserError: another role or content.
+    """
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = "\n".join(marker if part.get("type") == "image" else str(part.get("text")) for part in content)
     if role not in ROLES or not isinstance(content, str):
         raise UserError(f"{where} has a turn of {role!r} with {type(content).__name__}: roles are {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}
 
 
-def _marked(messages: list[Message], images: int, encode: ConversationEncoder) -> tuple[Message, ...]:
-    """With the markers where the model wants them."""
+def marked(messages: list[Message], images: int, encode: ConversationEncoder) -> tuple[Message, ...]:
+    """With the markers where the model wants them, see `conversations`."""
     marker = encode.marker
-    count = sum(message["content"].count(marker) for message in messages)
+    count = sum(each["content"].count(marker) for each in messages)
     if images and not count:
         first = next((m for m in messages if m["role"] == "user"), messages[0])
         first["content"] = f"{marker}\n" * images + first["content"]

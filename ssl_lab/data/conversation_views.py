@@ -20,7 +20,8 @@ class ConversationViews:
 
     That is `valid` (B, L) bool; or, of packed rows, `segments` (R, L) int64: the number of the conversation, -1 =
     padding. A marker stands for each image, labels are of the next token and -100 but for answers. Images whose marker
-    was cut off are left out. Where the view of the image draws nothing, `image_ids` (N,) tell the images apart.
+    was cut off are left out. Where the view of the image draws nothing, `image_ids` (N,) tell the images apart. Where
+    images were not read, `image_given` (N,) bool tells which ones `images` holds.
 
     Args:
         image: views of the images alone, such as `Resize` or `Crop`.
@@ -48,7 +49,9 @@ class ConversationViews:
         rows = [data.encode(messages) for messages in data.messages]
         fill = padding(data.encode.tokenizer)
         batch = Batch(image_rows=image_rows([row.images for row in rows]))
-        batch["images"] = self._images(data, rows, position, seed)
+        batch["images"], given = self._images(data, rows, position, seed)
+        if data.given is not None:
+            batch["image_given"] = torch.tensor(given, dtype=torch.bool)
         if isinstance(self.image, Resize):
             ids = [i for row, numbers in zip(rows, data.numbers, strict=True) for i in numbers[: row.images]]
             batch["image_ids"] = torch.tensor(ids, dtype=torch.int64)
@@ -65,26 +68,33 @@ class ConversationViews:
         order = [i for one in bins for i in one]
         firsts = [sum(row.images for row in rows[:i]) for i in range(len(rows))]
         picked = [firsts[i] + k for i in order for k in range(rows[i].images)]
-        for name in ("images", "image_ids"):
+        for name in ("image_given", "image_ids"):
             if name in batch:
                 batch[name] = batch[name][picked]  # type: ignore[literal-required]
+        batch["images"] = batch["images"][[sum(given[:i]) for i in picked if given[i]]]
         row_of = {i: number for number, one in enumerate(bins) for i in one}
         batch["image_rows"] = torch.tensor([row_of[i] for i in order for _ in range(rows[i].images)], dtype=torch.int64)
         return batch
 
-    def _images(self, data: Talks, rows: Sequence[Encoded], position: Tensor, seed: int) -> Tensor:
-        """(N, 3, H, W) of those that are mentioned, each with draws of its own."""
-        kept, places = list[int](), list[int]()
-        first = 0
+    def _images(self, data: Talks, rows: Sequence[Encoded], position: Tensor, seed: int) -> tuple[Tensor, list[bool]]:
+        """(M, 3, H, W) of those that are mentioned and were read, each with draws of its own; which ones those are."""
+        kept, places, given = list[int](), list[int](), list[bool]()
+        first = before = 0  # of the images that are listed, and of those that were read
         for row, numbers, place in zip(rows, data.numbers, position.tolist(), strict=True):
-            kept += range(first, first + row.images)
-            places += [place + k * _APART for k in range(row.images)]
+            for k in range(len(numbers)):
+                new = data.given is None or data.given[first + k]
+                if k < row.images:
+                    given.append(new)
+                    if new:
+                        kept.append(before)
+                        places.append(place + k * _APART)
+                before += new
             first += len(numbers)
         if not kept:
             side = int(getattr(self.image, "size", 1))
-            return torch.zeros(0, *getattr(self.image, "shape", (3, side, side)))
+            return torch.zeros(0, *getattr(self.image, "shape", (3, side, side))), given
         pictures = data.images[kept] if isinstance(data.images, Tensor) else [data.images[i] for i in kept]
-        return self.image(pictures, torch.tensor(places), seed)["image"]
+        return self.image(pictures, torch.tensor(places), seed)["image"], given
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:

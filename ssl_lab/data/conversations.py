@@ -1,6 +1,7 @@
 """Conversations about images, as a source that the one data module reads."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,30 @@ _TRIES = 16  # conversations that are tried for one whose image is unreadable
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation about images, by their rows in a source; `answers` are all that count for its first question."""
+    """A conversation about images, by their rows in a source; `answers` are all that count for its first question.
+
+    `rejected` is a worse answer than the last one; where there is such, `answers` belong to the last question.
+    """
 
     images: tuple[int, ...]
     messages: tuple[Message, ...]
     answers: tuple[str, ...] = ()
+    rejected: str | None = None
 
 
 @dataclass(slots=True)
 class Talks:
-    """What the views take: `images` of all conversations in order, as in `Samples`, and which each one has."""
+    """What the views take: `images` of all conversations in order, as in `Samples`, and which each one has.
+
+    Where some were not read, `given` tells of each whether it is among `images`.
+    """
 
     images: Any
     numbers: list[tuple[int, ...]]
     messages: list[tuple[Message, ...]]
     encode: ConversationEncoder
+    rejected: list[str | None]
+    given: list[bool] | None = None
 
 
 class Conversations:
@@ -56,6 +66,7 @@ class Conversations:
         self, images: Source | None, dialogues: Sequence[Dialogue], encode: ConversationEncoder, *, origin: str = "data"
     ) -> None:
         self.images, self.dialogues, self.encode = images, dialogues, encode
+        self.known: Tensor | None = None
         self.classes: list[str] = []
         self.sampling_rate: int | None = getattr(images, "sampling_rate", None)  # of a source of sound
         if not dialogues:
@@ -76,37 +87,61 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.dialogues)
 
+    def without(self, known: Callable[[int], Tensor]) -> "Conversations":
+        """The same, but images are neither read nor decoded once their reader knows them.
+
+        Args:
+            known: given how many images there are, (N,) bool: which of them; looked at anew in every `read`.
+        """
+        other = copy.copy(self)
+        other.known = None if self.images is None else known(len(self.images))
+        return other
+
+    @property
+    def paired(self) -> bool:
+        """Whether each conversation has a worse answer beside its last one."""
+        return all(one.rejected is not None for one in self.dialogues)
+
     def question(self, row: int) -> tuple[str, tuple[str, ...]]:
-        """The first question of a conversation, without markers, and all answers that count as right."""
+        """The question that is scored first, without markers, and all answers that count as right."""
         one = self.dialogues[row]
-        asked = next(message["content"] for message in one.messages if message["role"] == "user")
-        said = next(message["content"] for message in one.messages if message["role"] == "assistant")
+        messages = one.messages if one.rejected is None else one.messages[::-1]
+        asked = next(message["content"] for message in messages if message["role"] == "user")
+        said = next(message["content"] for message in messages if message["role"] == "assistant")
         return asked.replace(self.encode.marker, "").strip(), one.answers or (said,)
 
     def read(self, rows: Sequence[int]) -> Samples:
         """Conversations with their images; there are no classes."""
         used = list(rows)
         for attempt in range(_TRIES):
-            found, bad = self._images(used)
+            found, bad, given = self._images(used)
             if not bad:
                 break
             used = [fold(row, attempt) % len(self) if row in bad else row for row in used]
         else:
             raise UserError("no conversation was found whose images can be read: check the paths of the images")
         chosen = [self.dialogues[row] for row in used]
-        talks = Talks(found, [one.images for one in chosen], [one.messages for one in chosen], self.encode)
+        talks = Talks(
+            found,
+            [one.images for one in chosen],
+            [one.messages for one in chosen],
+            self.encode,
+            [one.rejected for one in chosen],
+            given,
+        )
         return Samples(talks, torch.full((len(used),), -1), torch.tensor(used, dtype=torch.int64))
 
-    def _images(self, rows: Sequence[int]) -> tuple[Any, set[int]]:
-        """Images of these conversations in order, and the conversations of which one is unreadable."""
-        wanted = [image for row in rows for image in self.dialogues[row].images]
+    def _images(self, rows: Sequence[int]) -> tuple[Any, set[int], list[bool] | None]:
+        """Images of these conversations in order, the conversations of which one is unreadable, and `Talks.given`."""
+        pairs = [(row, image) for row in rows for image in self.dialogues[row].images]
+        given = None if self.known is None else [not self.known[image] for _, image in pairs]
+        wanted = pairs if given is None else [pair for pair, new in zip(pairs, given, strict=True) if new]
         if not wanted:
-            return torch.empty(0, 3, 1, 1, dtype=torch.uint8), set()
+            return torch.empty(0, 3, 1, 1, dtype=torch.uint8), set(), given
         assert self.images is not None
-        samples = self.images.read(wanted)
-        good = samples.rows == torch.tensor(wanted)
-        owners = [row for row in rows for _ in self.dialogues[row].images]
-        return samples.data, {owner for owner, fine in zip(owners, good.tolist(), strict=True) if not fine}
+        samples = self.images.read([image for _, image in wanted])
+        good = (samples.rows == torch.tensor([image for _, image in wanted])).tolist()
+        return samples.data, {row for (row, _), fine in zip(wanted, good, strict=True) if not fine}, given
 
 
 def image_rows(counts: Sequence[int]) -> Tensor:

@@ -1,7 +1,6 @@
 """Flamingo (arXiv:2204.14198): a frozen language model learns to look at images through gated cross-attention."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -9,7 +8,6 @@ from ssl_lab.backbones.flamingo import GatedVisionLanguage
 from ssl_lab.backbones.vlm import Part
 from ssl_lab.errors import UserError
 from ssl_lab.methods.llava import LLaVA
-from ssl_lab.train import checkpoint
 from ssl_lab.types import Batch, Step
 
 
@@ -42,13 +40,6 @@ class Flamingo(LLaVA):
         if not isinstance(model, GatedVisionLanguage):
             raise UserError("flamingo needs a language model with gated blocks: set method.model as in conf/method")
         super().__init__(model, train=train, weights=weights, cache_features=cache_features)
-        if weights is not None:
-            found = checkpoint.find(Path(weights).expanduser())
-            marker = None if found is None else checkpoint.read(found, lazy=True)["state_dict"].get("model.marker")
-            if marker is None:
-                raise UserError(f"weights={weights} is no run of flamingo: the marker has no embedding there")
-            with torch.no_grad():
-                model.marker.copy_(marker)
 
     def step(self, batch: Batch, progress: float) -> Step:
         step = super().step(batch, progress)

@@ -1,7 +1,7 @@
 """LLaVA (arXiv:2304.08485, arXiv:2310.03744): an image encoder and a language model, joined by what learns first."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ from ssl_lab.methods.base import Method
 from ssl_lab.nn.experts import balance_
 from ssl_lab.train import checkpoint
 from ssl_lab.train.base import KEY as BASE
+from ssl_lab.train.base import checksum
 from ssl_lab.types import Batch, Step
 from ssl_lab.weights import io
+from ssl_lab.weights.sources import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class LLaVA(Method):
         train: the parts that learn, instead of what the stage says: vision, connector, decoder.
         weights: begin from a run of this method: its run folder or a checkpoint in it.
         cache_features: keep what the frozen image encoder gives of each training image in memory, from the first pass
-            on; for images that look the same in every pass.
+            on, and do not read the image again; for images that look the same in every pass.
 
     Raises:
         UserError: unknown parts, weights of another connector, image encoder or decoder, or `cache_features` of an
@@ -63,6 +65,7 @@ class LLaVA(Method):
             raise UserError("cache_features=true is for an image encoder that does not learn: take vision out of train")
         self.model, self.stage, self.cache_features = model, stage, cache_features
         self._kept: dict[int, Tensor] = {}
+        self._known: Tensor | None = None
         if weights is not None:
             load(model, weights)
         model.freeze(*(part for part in PARTS if part not in learns))
@@ -88,20 +91,29 @@ class LLaVA(Method):
         assert labels is not None
         return token_nll(encoded.tokens, self.model.decoder.head_weight, labels), labels
 
+    def known_images(self, count: int) -> Tensor:
+        """(count,) bool that processes share: training images whose features are kept from now on, none at first."""
+        self._kept.clear()
+        self._known = torch.zeros(count, dtype=torch.bool).share_memory_()
+        return self._known
+
     @torch.no_grad()
     def _patches(self, batch: Batch) -> Tensor | None:
         """(N, P, Dv) of the images, None of none. Each goes through the encoder alone, so that no batch matters."""
-        images = batch.get("images")
-        if images is None or not len(images):
+        if not any(len(batch[name]) for name in ("images", "image_ids") if name in batch):
             return None
         if "image_ids" not in batch:
             raise UserError(
                 "cache_features=true is for images that look the same in every pass: take views that draw nothing"
             )
-        numbers = batch["image_ids"].tolist()
-        for number, image in zip(numbers, images, strict=True):
-            if number not in self._kept:
+        numbers, images = batch["image_ids"].tolist(), iter(batch["images"])
+        given = batch["image_given"].tolist() if "image_given" in batch else [True] * len(numbers)
+        for number, new in zip(numbers, given, strict=True):
+            image = next(images) if new else None
+            if image is not None and number not in self._kept:
                 self._kept[number] = self.model.patches(image[None])[0]
+                if self._known is not None:
+                    self._known[number] = True
                 if len(self._kept) == 1:
                     size = self._kept[number].numel() * self._kept[number].element_size() / 1024
                     log.warning("features of the frozen image encoder are kept in memory, %.0f KiB an image", size)
@@ -130,10 +142,14 @@ class LLaVA(Method):
 
 
 def load(model: VisionLanguage, spec: str) -> None:
-    """Fill all parts from a run of `LLaVA`; frozen ones that its checkpoint leaves out stay as they are.
+    """Fill `model` from a run of its method.
+
+    Of a tuned run, whose checkpoints hold what learned alone, the whole is taken from the last.safetensors that it
+    wrote at its end; until then the rest must be here already.
 
     Raises:
-        UserError: no such run, or parts of another kind or size; the message names the part.
+        UserError: no such run, parts of another kind or size (the message names the part), or a tuned run that has not
+            ended and began with other weights than those of `model`.
     """
     path = Path(spec).expanduser()
     found = checkpoint.find(path) if path.exists() else None
@@ -141,14 +157,45 @@ def load(model: VisionLanguage, spec: str) -> None:
         raise UserError(f"weights={spec}: no run folder with a checkpoint, and no .ckpt: give a run of llava")
     content = checkpoint.read(found)
     state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    if BASE in content:
+        state = _whole(model, state, content[BASE], found, spec)
     if not any(key.startswith("connector.") for key in state):
         raise UserError(f"{spec} is no run of llava: it has no connector")
-    for part in PARTS:
-        theirs = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
-        if not theirs and BASE in content:
-            continue
-        if problems := io.differences(model.get_submodule(part).state_dict(), theirs):
-            raise UserError(
-                f"{spec} has another {part}: {'; '.join(problems[:3])}; set method.model.{part} as in its config.yaml"
-            )
-        model.get_submodule(part).load_state_dict(theirs)
+    own = model.state_dict()
+    for part in (*PARTS, ""):  # at last what belongs to none, such as the embedding of Flamingo's marker
+        here, theirs = _of(part, own), _of(part, state)
+        if problems := io.differences(here, theirs):
+            what = f"another {part}" if part else "another kind of model"
+            advice = f"set method.model.{part} as in its config.yaml" if part else "give a run of the same method"
+            raise UserError(f"{spec} has {what}: {'; '.join(problems[:3])}; {advice}")
+    model.load_state_dict(state)
+
+
+def _of(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to a part, under names within it; "" = what belongs to none."""
+    if part:
+        return {key.removeprefix(f"{part}."): v for key, v in state.items() if key.startswith(f"{part}.")}
+    return {key: v for key, v in state.items() if key.partition(".")[0] not in PARTS}
+
+
+def _whole(
+    model: VisionLanguage, learned: dict[str, Tensor], base: Mapping[str, Any], file: Path, spec: str
+) -> dict[str, Tensor]:
+    """All weights of a tuned run, of which the checkpoint `file` holds those that `learned`."""
+    ended = file.parent.parent / "last.safetensors"
+    if ended.is_file():
+        whole = read_safetensors(ended)[0]
+        both = [name for name in learned if name in whole]
+        same = all(torch.equal(learned[name], whole[name]) for name in both)
+        if same if both else ended.stat().st_mtime >= file.stat().st_mtime:
+            return whole
+    own = model.state_dict()
+    rest = {
+        f"model.{name}": own[name] for name, _ in model.named_parameters(remove_duplicate=False) if name not in learned
+    }
+    if set(learned) <= set(own) and checksum(rest) == base.get("sha256"):
+        return own | learned
+    raise UserError(
+        f"{spec} holds what learned alone, beside other weights than are there now: repeat its command until the run "
+        "has ended, which writes the whole as last.safetensors"
+    )

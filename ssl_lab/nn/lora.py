@@ -1,5 +1,6 @@
 """Low-rank adaptation (LoRA, Hu et al., 2021, arXiv:2106.09685): W x + s B A x, where W is frozen and B starts at 0."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class LoRALinear(Linear):
         self._parameters["weight"], self._parameters["bias"] = base._parameters["weight"], base._parameters["bias"]
         self.kind, self.rank, self.spans, self.scale = type(base), rank, list(spans), 1.0
         self.dropout: nn.Module = nn.Identity()
+        self.off = False  # see `without_updates`
         like = base.weight
         self.lora_a = nn.Parameter(like.new_empty(rank * len(spans), base.in_features))
         self.lora_b = nn.Parameter(like.new_zeros(sum(stop - start for start, stop in spans), rank))
@@ -99,7 +101,7 @@ class LoRALinear(Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """(E, D): W + s B A."""
         base = self._base
-        return base if self.merged else base + self.update().to(base.dtype)
+        return base if self.merged or self.off else base + self.update().to(base.dtype)
 
     @property
     def merged(self) -> bool:
@@ -119,7 +121,7 @@ class LoRALinear(Linear):
         bias = None if self.bias is None else self.bias[start:stop]
         bias = add if bias is None else bias if add is None else bias + add
         out = linear(x, self._base[start:stop], bias)
-        if self.merged:
+        if self.merged or self.off:
             return out
         return out + linear(linear(self.dropout(x), self.lora_a), self._second()[start:stop])
 
@@ -181,6 +183,25 @@ def unmerge_(network: nn.Module) -> None:
     """Undo `merge_`, to the bit."""
     for layer in _lora(network):
         layer.unmerge_()
+
+
+@contextlib.contextmanager
+def without_updates(network: nn.Module) -> Iterator[None]:
+    """Inside, every layer is what it was before the tuning; nothing is computed or copied for that.
+
+    Raises:
+        UserError: an update that is merged into its weight.
+    """
+    layers = list(_lora(network))
+    if any(layer.merged for layer in layers):
+        raise UserError("low-rank updates that are merged cannot be switched off: call unmerge_ first")
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 def fuse_(network: M) -> M:
