@@ -11,10 +11,11 @@ from ssl_lab.evals.base import Common
 from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.crop_scale import CropScale, centre
 from ssl_lab.evals.knn import KNN
-from ssl_lab.evals.low_shot import LowShot, balanced, ranks
+from ssl_lab.evals.low_shot import LowShot
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.retrieval import Retrieval, ordered, ranking
 from ssl_lab.evals.runner import run_all
+from ssl_lab.subsets import balanced, ranks
 
 # ---- few labels
 

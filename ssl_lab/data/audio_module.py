@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ssl_lab.data.audio import check_rate
 from ssl_lab.data.audio_order import Bucketed
 from ssl_lab.data.module import DataModule
-from ssl_lab.data.source import First, Source
+from ssl_lab.data.source import Source, Subset
 from ssl_lab.data.views import Views
 from ssl_lab.errors import UserError
 
@@ -26,7 +26,7 @@ class AudioModule(DataModule):
         bucket: batches whose clips are sorted by length together, so that each batch pads little; 1 = plain order.
         num_workers: processes that make batches ahead.
         seed: ties the order of the rows and the augmentation together with the position.
-        rows: train on the first so many rows only; None = all.
+        rows: train on some rows only; see `DataModule`.
         path: where the sources come from, for the reader of a configuration; the sources have it already.
         tokenizer: of the transcripts, likewise.
 
@@ -46,7 +46,7 @@ class AudioModule(DataModule):
         bucket: int = 32,
         num_workers: int = 0,
         seed: int = 0,
-        rows: int | None = None,
+        rows: float | None = None,
         path: str | None = None,
         tokenizer: "Tokenizer | str | None" = None,
     ):
@@ -75,8 +75,9 @@ class AudioModule(DataModule):
 
     def _ordered(self, world_size: int) -> Source:
         """Clips of like length together, where their lengths are known."""
-        whole = self.train.source if isinstance(self.train, First) else self.train
+        some = self.train.rows if isinstance(self.train, Subset) else slice(None)
+        whole = self.train.source if isinstance(self.train, Subset) else self.train
         lengths = getattr(whole, "lengths", None) if self.bucket > 1 else None
         if lengths is None:
             return self.train
-        return Bucketed(self.train, lengths[: len(self.train)], self.batch_size * world_size, self.bucket)
+        return Bucketed(self.train, lengths[some], self.batch_size * world_size, self.bucket)

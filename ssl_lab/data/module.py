@@ -9,7 +9,7 @@ import torch
 
 from ssl_lab import dist
 from ssl_lab.data.batches import EvalBatches, Loader, TrainBatches, augment
-from ssl_lab.data.source import First, Source
+from ssl_lab.data.source import Source, subset
 from ssl_lab.data.stream import eval_rows
 from ssl_lab.data.views import Views
 from ssl_lab.errors import UserError
@@ -32,7 +32,8 @@ class DataModule(L.LightningDataModule):
         num_workers: processes that make batches ahead; 0 makes them in the main process, best for sets in memory.
         augment_on_device: move stored uint8 pixels and run `views` on the training device.
         seed: ties the order of the rows and the augmentation together with the position.
-        rows: train on the first so many rows only; None = all.
+        rows: train on the first so many rows only, or on a share below 1 with equally many of each class,
+            drawn from the seed; None = all.
         path: where the sources come from, for the reader of a configuration; the sources have it already.
         tokenizer: of the sources of text, likewise.
 
@@ -51,15 +52,16 @@ class DataModule(L.LightningDataModule):
         num_workers: int = 0,
         augment_on_device: bool = False,
         seed: int = 0,
-        rows: int | None = None,
+        rows: float | None = None,
         path: str | None = None,
         tokenizer: "Tokenizer | str | None" = None,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("rows", rows)):
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}: it must be at least 1")
-        self.train, self.test = train if rows is None else First(train, rows), test
+        if batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size}: it must be at least 1")
+        if rows is not None and (rows <= 0 or (isinstance(rows, float) and rows >= 1)):  # 1.0: all, or the first?
+            raise UserError(f"data.rows is {rows}: give a whole number, or a share above 0 and below 1")
+        self.train, self.test = train if rows is None else subset(train, rows, seed), test
         self.views, self.eval_views = views, eval_views
         self.batch_size, self.image_size = batch_size, image_size
         self.num_workers, self.augment_on_device = num_workers, augment_on_device
@@ -89,7 +91,11 @@ class DataModule(L.LightningDataModule):
         """Endless batches with `image` or `views`, `target`, `index`, `position`, from the present step on."""
         rank, world_size = self._place()
         views = None if self.augment_on_device else self.views
-        batches = TrainBatches(self._ordered(world_size), views, self.batch_size, self.seed, rank, world_size)
+        source: Any = self._ordered(world_size)
+        reader: Any = getattr(self.trainer, "lightning_module", None)
+        if getattr(reader, "cache_features", False) and hasattr(source, "without"):
+            source = source.without(reader.known_images)  # it keeps what it made of an image
+        batches = TrainBatches(source, views, self.batch_size, self.seed, rank, world_size)
         self._fill(self.train)
         return Loader(batches, self._numbers, self.num_workers)
 

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from ssl_lab.errors import UserError
+from ssl_lab.subsets import balanced, per_class
+
+_READ = 256  # samples at a time
 
 
 @dataclass(slots=True)
@@ -22,20 +28,59 @@ class Samples:
     rows: Tensor
 
 
-class First:
-    """The first `count` rows of a source, to overfit on or to train with few samples."""
+class Subset:
+    """Some rows of a source, which are numbered anew: to overfit on, or to train with few labels.
 
-    def __init__(self, source: "Source", count: int) -> None:
-        self.source, self.count = source, min(count, len(source))
+    Args:
+        source: of all rows.
+        rows: (M,) int64, the rows to keep.
+    """
+
+    def __init__(self, source: "Source", rows: Tensor) -> None:
+        self.source, self.rows = source, rows
         self.classes, self.unit = source.classes, source.unit
         self.tokenizer = getattr(source, "tokenizer", None)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
     def read(self, rows: Sequence[int]) -> Samples:
-        """As the whole source gives them."""
-        return self.source.read(rows)
+        """As the whole source gives them; a stand-in for an unreadable sample has that one's number."""
+        found = self.source.read(self.rows[list(rows)].tolist())
+        return Samples(found.data, found.targets, torch.tensor(rows, dtype=torch.int64))
+
+
+def subset(source: "Source", rows: float, seed: int) -> "Source":
+    """The first `rows` of a source, or a share of it below 1: equally many rows of each class, drawn from `seed`.
+
+    Raises:
+        UserError: a share of rows without classes, or one that leaves nothing of a class.
+    """
+    if rows >= 1:
+        return Subset(source, torch.arange(min(int(rows), len(source))))
+    if not source.classes:
+        raise UserError(
+            f"data.rows={rows:g}: a share takes equally many of each class, and these {source.unit} have none: "
+            "give a number of rows"
+        )
+    targets = _targets(source)
+    labelled = (targets >= 0).nonzero()[:, 0]
+    if per_class(targets[labelled], rows) < 1:
+        raise UserError(
+            f"data.rows={rows:g} of {len(labelled):,} {source.unit} leaves none of some of the "
+            f"{len(source.classes)} classes: give a larger share"
+        )
+    return Subset(source, labelled[balanced(targets[labelled], rows, seed)])
+
+
+def _targets(source: "Source") -> Tensor:
+    """(N,) int64, read with the samples where there is no table of them."""
+    table = getattr(source, "table", None)
+    if table is not None:
+        found: Tensor = table.labels(torch.arange(len(source)))
+        return found
+    parts = torch.arange(len(source)).split(_READ)
+    return torch.cat([source.read(part.tolist()).targets for part in parts])
 
 
 class Source(Protocol):

@@ -13,6 +13,7 @@ from ssl_lab.evals.base import Common, Round, Skip, accuracy
 from ssl_lab.evals.features import num_classes
 from ssl_lab.evals.knn import knn_votes
 from ssl_lab.evals.linear import Heads, fit, scaling
+from ssl_lab.subsets import balanced, per_class, ranks
 from ssl_lab.types import Embeds
 
 
@@ -117,25 +118,3 @@ class LowShot(Common):
     def _fit(self, x: Tensor, y: Tensor, classes: int) -> Heads:
         passes = math.ceil(self.steps / math.ceil(len(y) / self.batch_size))
         return fit(x, y, classes, self.rates, passes, self.batch_size, 0.0, self.seed)
-
-
-def per_class(y: Tensor, fraction: float) -> int:
-    """Classes (N,) -> rows of each class in a balanced share of them, round(fraction * N / classes)."""
-    return round(fraction * len(y) / len(y.unique()))
-
-
-def balanced(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """Classes (N,) -> ascending rows (M,) int64 of a seeded subset with `per_class` rows of each.
-
-    A class that has fewer gives all it has. The draw of a smaller fraction lies within that of a larger one.
-    """
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    return order[ranks(y[order]) < per_class(y, fraction)].sort().values
-
-
-def ranks(y: Tensor) -> Tensor:
-    """Classes (N,) -> (N,) int64, how many earlier rows have the same class."""
-    order = y.argsort(stable=True)
-    counts = y.unique(return_counts=True)[1]
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.empty_like(y).scatter_(0, order, torch.arange(len(y), device=y.device) - starts)
