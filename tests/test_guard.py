@@ -66,7 +66,7 @@ def test_it_stops_before_the_optimizer(words, tmp_path, poison):
 
 KEEPS = {  # methods with teachers, queues and centres, and what makes them small
     "mae": ("MAE", []),
-    "moco": ("MoCo", ["method.head=[32,16]", "method.queue_size=32", "method.shuffle=false"]),
+    "moco": ("MoCo", ["method.head=[32,16]", "method.queue_size=32"]),
     "dino": ("DINO", ["method.head.prototypes=32", "method.head.hidden=32", "data.views.local.count=2"]),
     "dinov2": ("DINOv2", ["method.head.prototypes=32", "method.head.hidden=32", "data.views.local.count=2"]),
     "ijepa": ("IJEPA", ["method.predictor.dim=32", "method.predictor.depth=1", "method.predictor.num_heads=2"]),
@@ -79,7 +79,6 @@ KEEPS = {  # methods with teachers, queues and centres, and what makes them smal
 def test_a_bad_step_changes_nothing(words, tmp_path, method, inputs):
     """A step after it does, so the run goes on; what was kept for the bad step has no part in that."""
     name, sizes = KEEPS[method]
-    sizes = [word for word in sizes if "shuffle" not in word]
     line = words(*EVERY_STEP, *sizes, "duration=5steps", steps=[3], method=method, name=name, inputs=inputs)
     assert run(line, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     text = (tmp_path / "log").read_text()

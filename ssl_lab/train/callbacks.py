@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ssl_lab import dist
+from ssl_lab.dist import local
 from ssl_lab.errors import UserError
 from ssl_lab.pictures import save_png
+from ssl_lab.train.checkpoint import CheckpointFiles
 from ssl_lab.train.loggers import Loggers
-from ssl_lab.train.sharded import gathered
+from ssl_lab.train.sharded import gathered, load_
+from ssl_lab.train.sharded_optim import collected
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,12 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         if not 0 < decay < 1:
             raise UserError(f"ema={decay} is no decay of an average: give a number between 0 and 1, such as 0.999")
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        move = get_ema_multi_avg_fn(decay)
+
+        def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Any) -> None:
+            move([*map(local, averages)], [*map(local, current)], count)  # of divided weights each rank moves its part
+
+        super().__init__(multi_avg_fn=average)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         if not pl_module.skipped:  # a step that was left out is none of the average's either
@@ -60,12 +68,26 @@ class EMA(WeightAveraging):
 
     @contextlib.contextmanager
     def applied(self, method: L.LightningModule) -> Iterator[None]:
-        """The average in place of the weights, bit for bit undone at the end."""
+        """The average in place of the weights, gathered, bit for bit undone at the end."""
         self._swap_models(method)
         try:
-            yield
+            with gathered(method):
+                yield
         finally:
             self._swap_models(method)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = collected(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whole tensors into what may be divided; a run without an average goes on from its weights with one."""
+        assert self._average_model is not None
+        averaged = "current_model_state" in checkpoint
+        load_(self._average_model.module, checkpoint["state_dict"], strict=averaged)
+        if averaged:
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+            load_(pl_module, checkpoint["current_model_state"])
 
 
 class Checkpoints(Checkpoint):
@@ -120,6 +142,11 @@ class Checkpoints(Checkpoint):
         # Only between two steps is the state that of a step; with several ranks the others would not come to save.
         if self._between_steps and trainer.global_step > self._saved and dist.world_size() == 1:
             self.save(trainer)
+        with contextlib.suppress(UserError):  # the exception itself is the news
+            _wait(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _wait(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"samples_per_step": pl_module.samples_per_step, **self._extra}
@@ -207,6 +234,12 @@ class Pictures(L.Callback):
             files.append(self.folder / f"{name.removeprefix('pictures/')}_step={step}.png")
             save_png(files[-1], image)
         return files
+
+
+def _wait(trainer: L.Trainer) -> None:
+    """Until a checkpoint that is written in the background is there."""
+    if isinstance(files := trainer.strategy.checkpoint_io, CheckpointFiles):
+        files.wait()
 
 
 def _any_rank(device: torch.device, *flags: bool) -> list[bool]:

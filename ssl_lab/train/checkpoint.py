@@ -5,6 +5,7 @@ sidecar `step=N.json`, in place before the rename, holds its size and SHA-256: a
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from ssl_lab import dist
 from ssl_lab.errors import UserError
 from ssl_lab.files import replacing, write_text
+from ssl_lab.train.background import Background
 from ssl_lab.train.base import Base
+from ssl_lab.train.state import copied, num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +40,31 @@ class CheckpointFiles(CheckpointIO):
     """Lightning's door to checkpoint files: keeps the newest `keep` of a folder and the pointer `last.ckpt`.
 
     When the disk is full the oldest go first; with one left, training goes on without the new file and says so.
-    With a `base`, what belongs to it is not stored.
+    With a `base`, what belongs to it is not stored. In the `background`, saving returns once the state is copied to the
+    CPU's memory; `wait` and the next save wait for the file and raise what went wrong with it.
     """
 
-    def __init__(self, keep: int = 2, base: Base | None = None) -> None:
+    def __init__(self, keep: int = 2, base: Base | None = None, *, background: bool = False) -> None:
         if keep < 2:
             raise UserError(f"keep_checkpoints={keep} could lose the only one while it is replaced; give 2 or more")
         self.keep, self.base = keep, base
+        self._background = Background() if background else None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
+        self.wait()
         if self.base is not None:
             checkpoint = self.base.left_out(checkpoint)
+        if self._background is None:
+            self._save(checkpoint, Path(path))
+        else:
+            self._background.start(functools.partial(self._save, copied(checkpoint), Path(path)))
+
+    def wait(self) -> None:
+        """Until what was saved is in its file."""
+        if self._background is not None:
+            self._background.wait()
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         while True:
             try:
                 write(checkpoint, path)
@@ -85,7 +101,7 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         UserError: it holds something that would not load under `weights_only=True`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = _num_bytes(checkpoint)
+    size = num_bytes(checkpoint)
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with replacing(path) as temporary:
@@ -218,15 +234,6 @@ def _require_plain(path: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _num_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(_num_bytes, value.values()))
-    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _sidecar(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Keeps a loss or gradient that is not finite from the weights: the step is left out, or the run stops."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -72,8 +73,8 @@ class Guard(L.Callback):
             return
         self._in_a_row += 1
         what, rows = self._facts(trainer.global_step + 1, float(norm))
-        for parameter in pl_module.parameters():
-            parameter.grad = None
+        for parameter in itertools.chain(pl_module.parameters(), *(g["params"] for g in optimizer.param_groups)):
+            parameter.grad = None  # a divided method's single numbers have theirs with the optimizer
         pl_module.after_skip()  # type: ignore[operator]
         poisoned = next((name for name, value in pl_module.named_buffers() if _bad(value)), None)
         if self._in_a_row <= self._skip and not _ranks_with(poisoned is not None, norm.device):

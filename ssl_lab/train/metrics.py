@@ -84,7 +84,7 @@ class Log(L.Callback):
         if self._tokens:
             row["time/tokens_per_s"] = self._tokens * trainer.world_size / seconds
         row["time/data_wait"] = waited / seconds
-        row["memory/peak_gb"] = _peak_bytes(pl_module.device) / 1e9
+        row["memory/peak_gb"] = peak_memory(pl_module.device) / 1e9
         return row
 
     def _restart(self, trainer: L.Trainer) -> None:
@@ -96,7 +96,7 @@ def _waited(trainer: L.Trainer) -> float:
     return profiler.seconds if isinstance(profiler, DataWait) else 0.0
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Largest memory held so far: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

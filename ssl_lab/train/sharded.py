@@ -5,25 +5,21 @@ forward and backward only. Checkpoints are what the other strategies write: whol
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ssl_lab.errors import UserError
 from ssl_lab.nn.block import Block
-
-_OPTIMIZERS = (torch.optim.AdamW, torch.optim.SGD)  # element by element: a shard is enough for them
+from ssl_lab.train.sharded_optim import adapt_, collected, collected_state, like, load_state_, whole
 
 
 class Sharded(ModelParallelStrategy):
@@ -47,54 +43,33 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Shard the method, then make its optimizer.
-
-        Raises:
-            UserError: it holds what cannot be divided: single numbers, an average of weights, another optimizer.
-        """
+        """Shard the method and its average, then make its optimizer."""
         assert self.model is not None
-        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError("ema= keeps whole copies of the weights and does not go with strategy=fsdp2; leave one out")
-        shard_(self.model, self.device_mesh["data_parallel"])
+        mesh = self.device_mesh["data_parallel"]
+        shard_(self.model, mesh)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                divide_as_(callback._average_model.module, self.model)
         super().setup(trainer)
         for optimizer in self.optimizers:
-            if not isinstance(optimizer, _OPTIMIZERS):
-                raise UserError(
-                    f"strategy=fsdp2 does not go with {type(optimizer).__name__}, which looks at whole matrices: "
-                    "choose optim.name=adamw or sgd, or strategy=ddp"
-                )
+            adapt_(optimizer, mesh)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors on rank 0, nothing elsewhere; every rank must ask."""
         assert self.model is not None
-        return self._kept({name: whole(value) for name, value in self.model.state_dict().items()})
+        return collected(self.model.state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
-        own = self.model.state_dict()
-        divided = {name: like(value, own[name]) for name, value in checkpoint["state_dict"].items() if name in own}
-        rest = {name: value for name, value in checkpoint["state_dict"].items() if name not in own}
-        self.model.load_state_dict(divided | rest, strict=strict)
+        load_(self.model, checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `lightning_module_state_dict`, in the form of the optimizer's own `state_dict`."""
-        state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
-        held = {
-            i: {name: whole(x) if isinstance(x, Tensor) else x for name, x in one.items()}
-            for i, one in state["state"].items()
-        }
-        return self._kept(state | {"state": held})
+        return collected_state(optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            names = [i for group in state["param_groups"] for i in group["params"]]
-            owners = [p for group in optimizer.param_groups for p in group["params"]]
-            owner = dict(zip(names, owners, strict=True))
-            held = {
-                i: {name: like(x, owner[i]) if isinstance(x, Tensor) else x for name, x in one.items()}
-                for i, one in state["state"].items()
-            }
-            optimizer.load_state_dict(state | {"state": held})
+            load_state_(optimizer, state)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -104,24 +79,17 @@ class Sharded(ModelParallelStrategy):
         assert self.model is not None
         restore_(self.model)
 
-    def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self.is_global_zero else {}
-
 
 def shard_(method: nn.Module, mesh: DeviceMesh) -> None:
     """Divide every `Block` of `method`, then what is left of it, over `mesh`; `training_step` gathers the latter.
 
-    Raises:
-        UserError: a parameter without dimensions.
+    Parameters without dimensions stay whole on every rank; `adapt_` sees to their gradients.
     """
-    if scalars := [name for name, p in method.named_parameters() if p.ndim == 0]:
-        raise UserError(
-            f"strategy=fsdp2 cannot divide {scalars[0]}, a single number: train this method with strategy=ddp"
-        )
+    numbers = {p for p in method.parameters() if p.ndim == 0}
     for module in method.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    fully_shard(method, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=numbers)
+    fully_shard(method, mesh=mesh, ignored_params=numbers)
     register_fsdp_forward_method(method, "training_step")
 
 
@@ -155,13 +123,7 @@ def restore_(method: nn.Module) -> None:
     for part in method.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    made: dict[int, nn.Parameter] = {}  # a parameter in two places stays one
-    divided = [*method.named_parameters(remove_duplicate=False)]
-    for name, value in divided:
-        if id(value) not in made:
-            made[id(value)] = nn.Parameter(whole(value), requires_grad=value.requires_grad)
-        owner, _, leaf = name.rpartition(".")
-        method.get_submodule(owner).register_parameter(leaf, made[id(value)])
+    _replace_(method, lambda name, value: whole(value))
     for part in [*method.modules()]:
         if isinstance(part, FSDPModule):
             part.__class__ = part.__class__.__bases__[1]  # (FSDPModule, its own)
@@ -173,14 +135,25 @@ def restore_(method: nn.Module) -> None:
     del method.training_step  # that of its class comes back
 
 
-def whole(value: Any) -> Any:
-    """A divided tensor in one piece on this rank, anything else as it is; every rank must ask."""
-    return value.full_tensor().detach() if isinstance(value, DTensor) else value
+def divide_as_(copy: nn.Module, method: nn.Module) -> None:
+    """Divide the parameters of a whole copy of `method` as its own are, without anything that would gather them."""
+    owners = dict(method.named_parameters(remove_duplicate=False))
+    _replace_(copy, lambda name, value: like(value.detach(), owners[name]))
 
 
-def like(value: Any, owner: Tensor) -> Any:
-    """This rank's part of a whole tensor, divided as `owner` is; what has another shape stays as it is."""
-    if not isinstance(owner, DTensor) or not isinstance(value, Tensor) or value.shape != owner.shape:
-        return value
-    mesh = owner.device_mesh
-    return distribute_tensor(value.to(owner.device), mesh, owner.placements, src_data_rank=None)
+def load_(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """`load_state_dict` of whole tensors, into divided parameters too."""
+    own = module.state_dict()
+    divided = {name: like(value, own[name]) if name in own else value for name, value in state.items()}
+    module.load_state_dict(divided, strict=strict)
+
+
+def _replace_(module: nn.Module, make: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Put new parameters in the place of all; one in two places stays one."""
+    made: dict[int, nn.Parameter] = {}
+    former = [*module.named_parameters(remove_duplicate=False)]
+    for name, value in former:
+        if id(value) not in made:
+            made[id(value)] = nn.Parameter(make(name, value), requires_grad=value.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(leaf, made[id(value)])
