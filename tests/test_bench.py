@@ -207,3 +207,12 @@ def test_memory_is_that_of_a_fresh_process(tmp_path):
 def test_an_unknown_peer_is_a_mistake_of_the_user(capsys):
     assert bench("against=[keras]") == 2
     assert "transformers, timm, lightly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["bench"], ["bench", "suite=small"], ["plan"]], ids=" ".join)
+@pytest.mark.parametrize("count", [-1, 0])
+def test_threads_that_cannot_be_are_a_mistake_of_the_user(verb, count, capsys):
+    from ssl_lab.cli.main import main
+
+    assert main([*verb, *([] if len(verb) > 1 else TINY), f"threads={count}"]) == 2
+    assert f"threads={count}" in capsys.readouterr().err

@@ -42,8 +42,6 @@ def test_a_suite_is_measured_and_compared(tmp_path, capsys):
     suite = {"kinds": {"image": ""}, "rows": {"tiny": {"kind": "image", "words": words}}}
     suite["attention"] = {"batch": 1, "heads": 2, "head_dim": 8, "lengths": [8]}
     suite["rows"]["broken"] = {"kind": "image", "words": "method=supervised data=shapes method.encoder.dim=33"}
-    folder = tmp_path / "conf"
-    folder.mkdir()
     shipped = yaml.safe_load((conf_folder() / "bench_suite.yaml").read_text())
     typed = ["bench", "suite=small", "rounds=1", "threads=1", f"out={tmp_path / 'first'}"]
     cfg = compose("bench_suite", ["name=small", *typed[2:]], [conf_folder()])
@@ -65,6 +63,13 @@ def test_a_suite_is_measured_and_compared(tmp_path, capsys):
     capsys.readouterr()
     assert main([*typed[:-1], f"out={tmp_path / 'second'}", "only=[nothing]"]) == 2
     assert "only=['nothing'] leaves no row: there are supervised" in capsys.readouterr().err
+    for wrong, told in (
+        ("rounds=0", "at least one round"),
+        (f"before={tmp_path / 'first/table.json'}", "would be written over: give another out="),
+    ):
+        assert main([*typed, wrong]) == 2 and told in capsys.readouterr().err
+    assert main(["bench", "suite=base", f"before={tmp_path / 'first/table.json'}"]) == 2
+    assert "is of suite=small, whose rows have other sizes" in capsys.readouterr().err
     assert main(["bench", "suite=huge"]) == 2 and "choose one of small, base" in capsys.readouterr().err
 
 

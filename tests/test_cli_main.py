@@ -63,9 +63,11 @@ def test_help_of_a_verb_has_examples_and_choices(name, capsys):
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "export", "bench", "tokenizer", "doctor"])
 def test_examples_in_the_help_compose(name, capsys, tmp_path, monkeypatch, verb):
+    from ssl_lab.cli import launch
     from ssl_lab.cli.usage import EXAMPLES
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", ""])  # jobs of a sweep are processes
     for body in (name, "bench_suite"):  # the latter is what `bench suite=` calls
         verb(lambda cfg: None, body)
     for line in EXAMPLES[name]:

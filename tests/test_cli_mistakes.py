@@ -24,6 +24,7 @@ MISTAKES = [
     ("method=mae eval.knn.k=20", ["eval.knn", "eval=[...,knn]"]),
     ("method=mae method.encoder=vit_s16", ["method.encoder", "backbone@method.encoder=vit_s16"]),
     ("method=mae ~optim", ["optim cannot be empty", "adamw"]),
+    ("method=mae strategy=deepspeed", ["strategy=deepspeed", "strategy=fsdp2"]),
     ("+experiment=foo", ["experiment=foo", "leave out the +"]),
     ("train", ["method is not chosen", "mae", "experiment="]),
     # keys
@@ -58,7 +59,7 @@ MISTAKES = [
     ("quickstart", ["'quickstart' is an experiment", "experiment=quickstart"]),
     ("trian method=mae", ["trian", "train"]),
     ("method=mae --multirum", ["--multirum", "--multirun"]),
-    ("-m method=mae seed=0,1 trainer.devices=2", ["trainer.devices=2", "sweep"]),
+    ("-m method=mae seed=0,1 launcher.jobs=2 launcher.gpus=[0]", ["launcher.gpus=[0]", "launcher.jobs=2"]),
     ("-m method=mae,maee", ["method=maee", "mae"]),
 ]
 

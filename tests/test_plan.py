@@ -1,6 +1,7 @@
 """A plan: bytes and FLOPs against what is counted by hand, arithmetic of fitting and of many devices, mistakes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ssl_lab.bench import plan
 from ssl_lab.bench.devices import ACCELERATORS, accelerator
 from ssl_lab.bench.probe import Probe, saved_bytes, state_bytes, tensor_bytes
 from ssl_lab.cli.main import main
+from ssl_lab.cli.rehearsal import batch_of
 from ssl_lab.errors import UserError
 
 WORK = plan.Work(
@@ -114,3 +116,20 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path, capsys) -> None:
     assert main([*QUICK, "gpu=t4", *huge]) == 0
     said = capsys.readouterr().out
     assert "it does not fit" in said and "trainer.accumulate_grad_batches=" in said and "checkpoint_blocks=true" in said
+
+
+@pytest.mark.parametrize(("lengths", "chosen"), [([4] * 30, 4), ([9, 1, *range(2, 30)], 9)])
+def test_the_batch_that_stands_for_all_is_of_middling_size(lengths, chosen):
+    class Data:
+        batch_size = 8
+
+        def train_dataloader(self):
+            return ({"audio": torch.zeros(self.batch_size, length)} for length in lengths)
+
+        def on_after_batch_transfer(self, batch, _):
+            return batch
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
+    training = SimpleNamespace(data=Data(), trainer=trainer)
+    assert batch_of(training, 2)["audio"].shape == (2, chosen)
+    assert training.data.batch_size == 8

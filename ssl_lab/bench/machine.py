@@ -3,11 +3,11 @@
 import importlib.metadata
 import os
 import platform
-import resource
-import sys
 from pathlib import Path
 
 import torch
+
+from ssl_lab.train.metrics import peak_memory
 
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "lightly")
 
@@ -36,14 +36,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes held at the most so far: the allocator's on CUDA, else this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_of(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from ssl_lab.bench.timing import Timing, interleave, matmul_peak
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
+from ssl_lab.train.metrics import peak_memory
 
 OURS = "ssl_lab"
 _LOOP_STEPS = 40
@@ -31,10 +32,12 @@ def run(cfg: DictConfig) -> None:
     """Measure, print a table, and write `out` if it is given.
 
     Raises:
-        UserError: no such peer, or a network that the peers do not have.
+        UserError: no rounds or threads, no such peer, or a network that the peers do not have.
     """
     if cfg.rounds < 1:
         raise UserError(f"rounds={cfg.rounds}: time at least one round")
+    if cfg.threads is not None and cfg.threads < 1:
+        raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="ssl-lab-bench-") as folder, quiet():
         report = _measure(Work(cfg, Path(folder)), console)
@@ -48,7 +51,7 @@ class Work:
     """The experiment as `train` builds it, one of its batches held in memory, and the steps to time by name."""
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        if cfg.threads:
+        if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         self.cfg, self.folder, self.precision = cfg, folder, cfg.trainer.precision
         self.training = rehearsal(cfg, str(folder / "run"), _LOOP_STEPS)
@@ -138,7 +141,7 @@ def _child(config: Path, name: str) -> None:
         step = work.steps[name]()
         for _ in range(_STEPS_FOR_MEMORY):
             step()
-        print(machine.peak_memory(work.device))
+        print(peak_memory(work.device))
 
 
 if __name__ == "__main__":

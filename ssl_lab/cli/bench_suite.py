@@ -27,17 +27,21 @@ def run(cfg: DictConfig) -> None:
     """Measure row by row, write `out`/table.json and table.md, and show them; what failed stands in its row.
 
     Raises:
-        UserError: no such suite, no row of that name, or an earlier table that cannot be read.
+        UserError: no such suite, no row of that name, or an earlier table that cannot be compared with.
         SystemExit: 1 where a row failed.
     """
     if cfg.name not in cfg.suites:
         raise UserError(f"suite={cfg.name}: choose one of {', '.join(cfg.suites)}")
     suite, out = cfg.suites[cfg.name], Path(str(cfg.out))
-    before = None if cfg.before is None else SuiteTable.read(Path(str(cfg.before)))
+    if cfg.rounds < 1:
+        raise UserError(f"rounds={cfg.rounds}: time at least one round")
+    if cfg.threads is not None and cfg.threads < 1:
+        raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
+    before = None if cfg.before is None else _earlier(Path(str(cfg.before)), out, str(cfg.name))
     names = [name for name in suite.rows if _wanted(name, cfg.only)]
     if not names and not _wanted(ATTENTION, cfg.only):
         raise UserError(f"only={list(cfg.only)} leaves no row: there are {', '.join([*suite.rows, ATTENTION])}")
-    if cfg.threads:
+    if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device, console = device_named("auto"), Console(highlight=False)
     dtype = compute_dtype(cfg.precision)
@@ -59,6 +63,18 @@ def run(cfg: DictConfig) -> None:
     console.print(f"{out / 'table.md'}, {out / 'table.json'}", soft_wrap=True)
     if any(row.median_s is None and not row.name.startswith(ATTENTION) for row in table.rows):
         raise SystemExit(1)
+
+
+def _earlier(file: Path, out: Path, name: str) -> SuiteTable:
+    """A table to compare with, which must be of the same suite and not the one that is to be written."""
+    table = SuiteTable.read(file)
+    if table.suite != name:
+        raise UserError(
+            f"before={file} is of suite={table.suite}, whose rows have other sizes: give one of suite={name}"
+        )
+    if file.resolve() == (out / "table.json").resolve():
+        raise UserError(f"before={file} would be written over: give another out=")
+    return table
 
 
 def _wanted(name: str, only: Any) -> bool:

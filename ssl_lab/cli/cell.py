@@ -1,10 +1,8 @@
 """One cell of `ssl-lab scaling`, in a process of its own: an ordinary run, then what it was, in `cell.json`."""
 
 import json
-import os
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 from ssl_lab.nn.block import Block
 from ssl_lab.train import checkpoint
+from ssl_lab.train.signals import end_with_parent
 
 FACTS = "cell.json"
 _ROWS = 2  # of the batch whose FLOPs are counted
@@ -72,8 +71,7 @@ def facts(cfg: DictConfig) -> dict[str, Any]:
 
 def main(file: str) -> int:
     """Exit code of the cell that is described in a YAML file."""
-    if os.environ.get("SSL_LAB_CELL_PIPE"):
-        threading.Thread(target=_end_with_sweep, daemon=True).start()
+    end_with_parent()
     try:
         return performed("cell", DictConfig(OmegaConf.load(file)))
     except UserError as error:
@@ -81,12 +79,6 @@ def main(file: str) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _end_with_sweep() -> None:
-    """The sweep holds the other end of the pipe, which closes when it ends, however that happens."""
-    os.read(sys.stdin.fileno(), 1)  # not through the buffer, whose lock a daemon thread may not hold at the end
-    os._exit(1)
 
 
 if __name__ == "__main__":

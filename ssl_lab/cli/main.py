@@ -66,6 +66,9 @@ def _configured(verb: str, overrides: list[str], folders: list[Path], args: argp
         from ssl_lab.cli.sweep import sweep
 
         return sweep(verb, overrides, folders)
+    for word in overrides:
+        if re.match(r"(launcher|sweeper)[=.]", word):
+            raise UserError(f"{word} is for several runs: add -m, or leave it out")
     cfg = compose(verb, overrides, folders)
     if args.cfg is not None:
         from omegaconf import OmegaConf
@@ -77,8 +80,10 @@ def _configured(verb: str, overrides: list[str], folders: list[Path], args: argp
 
 def performed(verb: str, cfg: "DictConfig") -> int:
     """Run the body of a verb; gives its exit code, after the traceback of what it did not expect."""
+    from ssl_lab.cli.allocator import keep_memory
     from ssl_lab.cli.compose import perform
 
+    keep_memory()
     try:
         perform(verb, cfg)
     except SystemExit as leaving:

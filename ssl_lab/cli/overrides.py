@@ -34,6 +34,10 @@ OTHER_NAMES = {  # of other tools -> ours
     "checkpoint": "ckpt",
     "output_dir": "out",
 }
+OTHER_CHOICES = {  # of other tools -> ours
+    "strategy=deepspeed": "strategy=fsdp2, which divides weights, gradients and optimizer state as ZeRO stage 3 does",
+    "strategy=fsdp": "strategy=fsdp2",
+}
 TEXTS = ("prompt", "system")  # keys whose values are sentences: taken as they are typed
 
 
@@ -104,7 +108,9 @@ def _check_choice(word: Override, root: Root, folders: list[Path]) -> None:
         raise UserError(f"{group} cannot be empty; {did_you_mean('', options)}")
     for name in [] if empty else _chosen(word):
         if name not in options:
-            raise UserError(f"{group}={name} does not exist; {did_you_mean(name, options)}")
+            ours = OTHER_CHOICES.get(f"{group}={name}")
+            hint = did_you_mean(name, options) if ours is None else f"here it is {ours}"
+            raise UserError(f"{group}={name} does not exist; {hint}")
 
 
 def _chosen(word: Override) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from ssl_lab.cli.compose import steps_of
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
+from ssl_lab.train.metrics import peak_memory
 
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
 _ROUNDS = 4  # timed steps of each probe, after one that is not
@@ -65,7 +66,9 @@ def run(cfg: DictConfig) -> None:
             f"devices={cfg.devices} of this machine cannot be foretold: name what they are, such as gpu=h100"
         )
     gpu = None if cfg.gpu is None else accelerator(cfg.gpu)
-    if cfg.threads:
+    if cfg.threads is not None and cfg.threads < 1:
+        raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
+    if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="ssl-lab-plan-") as folder, quiet():
@@ -111,6 +114,9 @@ def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
     work = plan.Work(
         params, trained, held, state, int(before if gpu is None else _CONTEXT), small=probes[0], large=probes[-1]
     )
+    if gpu is None:  # libraries that the first step loads, and what lives for a moment within it
+        beyond = peak_memory(device) - plan.memory(replace(work, process=0), work.large.batch_size).total
+        work = replace(work, process=max(work.process, int(beyond)))
     return _worked_out(cfg, work, batch, training.trainer.accumulate_grad_batches, gpu, data.num_train, device)
 
 

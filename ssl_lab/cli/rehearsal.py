@@ -1,12 +1,17 @@
 """The parts of an experiment as `train` builds them, for verbs that try a few steps and keep nothing."""
 
+import itertools
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_lab.bench.probe import tensor_bytes
 from ssl_lab.cli.train import Training
 from ssl_lab.evals.base import moved
 from ssl_lab.train.signals import Signals
 from ssl_lab.types import Batch
+
+_DRAWN = 17  # batches to choose from where they differ
 
 
 def rehearsal(cfg: DictConfig, out: str, steps: int) -> Training:
@@ -17,11 +22,19 @@ def rehearsal(cfg: DictConfig, out: str, steps: int) -> Training:
 
 
 def batch_of(training: Training, rows: int | None = None) -> Batch:
-    """A batch of training data on the run's device, as `step` takes it; `rows` instead of the configured number."""
+    """A batch of training data on the run's device, as `step` takes it; `rows` instead of the configured number.
+
+    The first one; where batches differ in size, as those of sound and sentences do, one of middling size.
+    """
     data, device = training.data, training.trainer.strategy.root_device
     usual, data.batch_size = data.batch_size, rows or data.batch_size
     try:
-        batch = moved(next(iter(data.train_dataloader())), torch.device(device))
+        batches = iter(data.train_dataloader())
+        drawn = [next(batches), next(batches)]
+        if tensor_bytes(drawn[0]) != tensor_bytes(drawn[1]):
+            drawn += itertools.islice(batches, _DRAWN - 2)
+            drawn.sort(key=tensor_bytes)
+        batch = moved(drawn[len(drawn) // 2 if len(drawn) > 2 else 0], torch.device(device))
         return data.on_after_batch_transfer(batch, 0)
     finally:
         data.batch_size = usual

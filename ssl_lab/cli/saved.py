@@ -68,14 +68,14 @@ def lend(cfg: DictConfig) -> None:
 def without_downloads(config: Any) -> Any:
     """The same configuration without starting weights, for networks that a checkpoint fills or that stay random.
 
-    Only a text under `weights` names a start: a loss may have weights too.
+    Only a text under `weights` or `head_weights` names a start: a loss may have weights too.
     """
     if isinstance(config, list):
         return [without_downloads(value) for value in config]
     if not isinstance(config, dict):
         return config
     plain = {key: without_downloads(value) for key, value in config.items()}
-    plain |= {"weights": None} if isinstance(config.get("weights"), str) else {}
+    plain |= {key: None for key in ("weights", "head_weights") if isinstance(config.get(key), str)}
     return plain | ({"pretrained": False} if config.get("pretrained") is True else {})
 
 

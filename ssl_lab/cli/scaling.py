@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -168,10 +167,9 @@ def _train(cell: Cell, signals: Signals) -> str | None:
     with log.open("a") as file:
         child = subprocess.Popen(
             [*COMMAND, str(plan)],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"SSL_LAB_CELL_PIPE": "1"},
             start_new_session=True,  # a signal to the terminal's group reaches it once, through us
         )
         told = False

@@ -1,24 +1,29 @@
-"""`ssl-lab -m`: one run for each combination of values, through Hydra's sweeper and launcher, with a summary."""
+"""`ssl-lab -m`: one run for each combination of values, each in a process of its own, with a summary."""
 
+import contextlib
 import json
+import re
 import time
-import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from ssl_lab.cli import compose as composing
 from ssl_lab.cli import overrides
-from ssl_lab.cli.mistakes import COMPOSING, explain
+from ssl_lab.cli.launch import Job, Launcher, Source, drive
+from ssl_lab.cli.mistakes import explain_build
 from ssl_lab.errors import UserError
+from ssl_lab.train.signals import CODES, Interrupted, Signals
 
 SWEEPS = Path("runs/sweeps")
+OWN = ("launcher", "sweeper")  # groups of the sweep itself
+_AFTERWORDS = re.compile(r"srun: |slurmstepd: |ssl-lab: \w+ failed, see")  # said when the reason has been
 TELLING = ("seed", "experiment", "name", "out")  # keys that the run folder shows without help
 
 
@@ -28,88 +33,145 @@ class Status:
 
     job: int
     overrides: str
-    status: str  # "ok" | "failed"
+    status: str  # "ok" | "failed" | "stopped"
     seconds: float
     out: str
     message: str = ""
+    code: int = 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What Hydra calls for every combination. A failure is written down, so that the other jobs still run."""
+class Planner:
+    """Turns words into jobs, after checking them as the job itself will.
 
-    verb: str
-    total: int
-    swept: dict[str, str]  # key as Hydra knows it -> key as typed
-    naming: tuple[str, ...]  # typed keys that `name` must show
-    folder: str
+    Args:
+        verb: of all jobs.
+        folders: `conf/`, then the user's own.
+    """
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Run one job; `cfg` is as Hydra composed it."""
-        settings = HydraConfig.get()
-        pairs = (word.lstrip("+").partition("=")[::2] for word in settings.overrides.task)
-        values = {self.swept[key]: value for key, value in pairs if key in self.swept}
-        label = " ".join(f"{key}={value}" for key, value in values.items())
-        number = int(settings.job.num)
-        print(f"job {number + 1} of {self.total}: {label}", flush=True)
-        started, message = time.monotonic(), ""
-        try:
-            cfg = composing.finish(self.verb, cfg, {key: values[key] for key in self.naming})
-            composing.perform(self.verb, cfg)
-        except UserError as error:
-            message = str(error)
-        except Exception as error:
-            traceback.print_exc()
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-        seconds = round(time.monotonic() - started, 1)
-        out = OmegaConf.select(cfg, "out", throw_on_resolution_failure=False)
-        status = Status(number, label, "failed" if message else "ok", seconds, str(out), message)
-        print(f"job {number + 1} of {self.total}: {status.status}{f', {message}' if message else ''}", flush=True)
-        with (Path(self.folder) / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(status)) + "\n")
+    def __init__(self, verb: str, folders: list[Path]) -> None:
+        self.verb, self.folders = verb, folders
+        self._settled: dict[tuple[str, ...], list[str]] = {}
+
+    def composed(self, words: Sequence[str], naming: dict[str, str] | None = None) -> DictConfig:
+        """The configuration of a job; `naming` is added to its name.
+
+        Raises:
+            UserError: a mistake in `words`.
+        """
+        if (typed := tuple(words)) not in self._settled:
+            self._settled[typed] = list(composing.settled(self.verb, list(words), self.folders).values())
+        return composing.assemble(self.verb, self._settled[typed], self.folders, naming)
+
+    def job(self, number: int, words: Sequence[str], values: dict[str, str], naming: dict[str, str]) -> Job:
+        """A job of these words. `values` are what tells it apart, and of those `naming` joins its name."""
+        cfg = self.composed(words, naming)
+        if naming:
+            words = [*(word for word in words if not word.startswith("name=")), f'name="{cfg.name}"']
+        trainer = cfg.get("trainer") or {}
+        verb = self.verb
+        if verb == "bench_suite":  # as it is typed
+            verb, words = "bench", [re.sub("^name=", "suite=", word) for word in words]
+        more = [word for folder in self.folders[1:] for word in ("--config-dir", str(folder))]
+        return Job(
+            number,
+            " ".join(f"{key}={value}" for key, value in values.items()),
+            (verb, *words, *more),
+            out=str(cfg.get("out") or ""),
+            devices=str(trainer.get("devices", 1)),
+            gpus=trainer.get("accelerator", "cpu") != "cpu",
+            nodes=int(trainer.get("num_nodes", 1)),
+        )
+
+
+class Grid:
+    """Every combination of the values."""
+
+    def source(self, planner: Planner, words: list[str]) -> "Combinations":
+        """The jobs, all of them checked.
+
+        Raises:
+            UserError: a mistake in any of them, or two that share a run folder.
+        """
+        jobs, swept = combinations(words, planner.folders)
+        made = [planner.job(n, job, _values(job, swept), {}) for n, job in enumerate(jobs)]
+        if _clash(made):
+            naming = tuple(key for key in swept if key not in TELLING)
+            made = [planner.job(n, job, _values(job, swept), _values(job, naming)) for n, job in enumerate(jobs)]
+        if clash := _clash(made):
+            raise UserError(f"several jobs would share the run folder {clash}: let out=... name what differs")
+        return Combinations(made)
+
+
+class Combinations:
+    """The jobs of a `Grid`, one after the other."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.total, self.before = len(jobs), 0
+        self._left = iter(jobs)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Path]:
+        """A folder of its own for every sweep."""
+        yield _new_folder()
+
+    def next(self) -> Job | None:
+        return next(self._left, None)
+
+    def ended(self, job: Job, code: int) -> str:
+        return ""
+
+    def conclusion(self) -> str:
+        return ""
 
 
 def sweep(verb: str, typed: list[str], folders: list[Path]) -> int:
     """Check every combination, run them, print the summary. 0 if all went well, else 1.
 
     Raises:
-        UserError: a mistake in any combination, two that share a run folder, or several devices in one process.
+        UserError: a mistake in any combination, or two that share a run folder.
+        Interrupted: a signal came; jobs that ran have saved.
     """
-    jobs, swept = combinations(typed, folders)
-    settled = [composing.settled(verb, job, folders) for job in jobs]
-    naming: tuple[str, ...] = ()
-    clash = _clash(verb, settled, folders, [{} for _ in jobs])
-    if clash:
-        naming = tuple(key for key in swept if key not in TELLING)
-        clash = _clash(verb, settled, folders, [_values(job, naming) for job in jobs])
-    if clash:
-        raise UserError(f"several jobs would share the run folder {clash}: let out=... name what differs")
-    places = [
-        max((words[job[n]] for words, job in zip(settled, jobs, strict=True)), key=_prefix) for n in range(len(typed))
-    ]
-    keys = [place.partition("=")[0] for place in places]
-    words = [key + text[text.index("=") :] if "=" in text else text for key, text in zip(keys, typed, strict=True)]
-    names = {key.lstrip("+"): text.partition("=")[0].lstrip("+") for key, text in zip(keys, typed, strict=True)}
-    folder = _new_folder()
-    task = Job(
-        verb, len(jobs), {key: name for key, name in names.items() if name in swept}, naming, str(folder.resolve())
-    )
+    for word in typed:
+        if word.startswith(("hydra/", "hydra.launcher", "hydra.sweep")):
+            raise UserError(f"{word}: sweeps are started by launcher=local or launcher=slurm, see docs/cluster.md")
+    own = [word for word in typed if word.lstrip("+~").partition("=")[0].partition(".")[0] in OWN]
+    parts = composing.compose("sweep", own, folders)
+    if parts.sweeper._target_.endswith("Optuna") and find_spec("optuna") is None:
+        raise UserError('sweeper=optuna needs Optuna: pip install "ssl-lab[optuna]"')
     try:
-        _launch(verb, task, [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *words], folders)
+        launcher, sweeper = composing.build(parts.launcher), composing.build(parts.sweeper)
+    except InstantiationException as error:
+        raise explain_build(error, parts) or error from error.__cause__
+    source = sweeper.source(Planner(verb, folders), [word for word in typed if word not in own])
+    with Signals() as signals, source.opened() as folder:
+        done = run(launcher, source, signals, folder)
+        if conclusion := source.conclusion():
+            print(conclusion)
+    if signals.received is not None:
+        raise Interrupted(signals.received)
+    return 0 if done else 1
+
+
+def run(launcher: Launcher, source: Source, signals: Signals, folder: Path) -> bool:
+    """Run all jobs and print the table of them, whatever happens; whether all went well."""
+    ended: list[Status] = []
+
+    def begun(job: Job, log: Path) -> None:
+        print(f"job {job.number + 1} of {source.total}: {job.label}  ({log})", flush=True)
+
+    def over(job: Job, code: int, seconds: float, problem: str) -> None:
+        status = "ok" if code == 0 and not problem else "stopped" if code in CODES.values() else "failed"
+        message = "" if status == "ok" else problem or _last_words(folder / f"{job.number + 1}.log", code)
+        ended.append(Status(job.number, job.label, status, round(seconds, 1), job.out, message, code))
+        print(f"job {job.number + 1} of {source.total}: {status}{f', {message}' if message else ''}", flush=True)
+        with (folder / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(ended[-1])) + "\n")
+
+    try:
+        drive(launcher, source, signals, folder, begun=begun, over=over)
     finally:
-        failed = _summary(folder, len(jobs))
-    return 1 if failed else 0
-
-
-def _launch(verb: str, task: Job, words: list[str], folders: list[Path]) -> None:
-    with composing.session(folders):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        try:
-            settings = [*composing.SETTINGS, *composing.search_path(folders)]
-            hydra.multirun(verb, task, [*settings, *words], with_log_configuration=False)
-        except COMPOSING as error:
-            raise explain(error) from None
+        bad = _summary(folder, ended, source.total - source.before)
+    return bad == 0
 
 
 def combinations(typed: list[str], folders: list[Path]) -> tuple[list[list[str]], tuple[str, ...]]:
@@ -121,7 +183,9 @@ def combinations(typed: list[str], folders: list[Path]) -> tuple[list[list[str]]
         values = [text]
         if word.is_sweep_override():
             if not word.is_discrete_sweep():
-                raise UserError(f"{text}: write the values one by one, or as range(start,stop,step)")
+                raise UserError(
+                    f"{text}: write the values one by one, as range(start,stop,step), or add sweeper=optuna"
+                )
             key = word.get_key_element()
             values = [f"{key}={value}" for value in word.sweep_string_iterator()]
             swept.append(key.lstrip("+"))
@@ -129,19 +193,9 @@ def combinations(typed: list[str], folders: list[Path]) -> tuple[list[list[str]]
     return jobs, tuple(swept)
 
 
-def _clash(verb: str, jobs: list[dict[str, str]], folders: list[Path], naming: list[dict[str, str]]) -> str | None:
-    """Compose every job, to find its mistakes now; gives a run folder that two of them would write to."""
-    outs: list[str] = []
-    for job, names in zip(jobs, naming, strict=True):
-        cfg = composing.assemble(verb, list(job.values()), folders, names)
-        basic = not any(word.startswith("hydra/launcher=") for word in job)
-        if basic and "trainer" in cfg and not _one_device(cfg.trainer):
-            raise UserError(
-                f"trainer.devices={cfg.trainer.get('devices')} in a sweep: jobs of several processes hang when one "
-                f"fails; run them one by one, or each on its own with hydra/launcher=submitit_slurm"
-            )
-        if cfg.get("out") is not None:
-            outs.append(str(cfg.out))
+def _clash(jobs: list[Job]) -> str | None:
+    """A run folder that two jobs would write to."""
+    outs = [job.out for job in jobs if job.out]
     return next((out for n, out in enumerate(outs) if out in outs[:n]), None)
 
 
@@ -150,16 +204,12 @@ def _values(job: list[str], keys: tuple[str, ...]) -> dict[str, str]:
     return {key: value for key, value in pairs if key in keys}
 
 
-def _prefix(word: str) -> int:
-    """Length of the key with its `+`: the longest serves every job."""
-    return len(word.partition("=")[0])
-
-
-def _one_device(trainer: Any) -> bool:
-    devices = trainer.get("devices", "auto")
-    if isinstance(devices, ListConfig):
-        return len(devices) == 1
-    return str(devices) == "1" or (str(devices) == "auto" and trainer.get("accelerator") == "cpu")
+def _last_words(log: Path, code: int) -> str:
+    """Why a job failed: the last line of its log, without the name of the program."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = [line for line in lines if line.strip() and not _AFTERWORDS.match(line)]
+    told = lines[-1].removeprefix("ssl-lab: ") if len(lines) > 1 else "nothing was said"
+    return f"exit code {code}: {told}"
 
 
 def _new_folder() -> Path:
@@ -174,19 +224,16 @@ def _new_folder() -> Path:
     raise UserError(f"no free folder name in {SWEEPS}")
 
 
-def _summary(folder: Path, total: int) -> int:
+def _summary(folder: Path, done: list[Status], total: int) -> int:
     """Print the table of all jobs; gives the number that did not end well."""
-    file = folder / "jobs.jsonl"
-    done = [Status(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
     table = Table("job", "overrides", "status", "seconds", "run folder", title=f"sweep: {folder}", title_justify="left")
     for status in sorted(done, key=lambda s: s.job):
         shown = status.status if not status.message else f"{status.status}: {status.message}"
         table.add_row(str(status.job + 1), status.overrides, shown, f"{status.seconds:.1f}", status.out)
-    failed = sum(status.status != "ok" for status in done)
-    missing = total - len(done)
+    ok, failed = (sum(status.status == wanted for status in done) for wanted in ("ok", "failed"))
+    rest = {"stopped": len(done) - ok - failed, "not run": total - len(done)}
     console = Console()
     console.print(table, highlight=False)
-    console.print(
-        f"{len(done) - failed} ok, {failed} failed{f', {missing} not run' if missing else ''}", highlight=False
-    )
-    return failed + missing
+    told = "".join(f", {count} {name}" for name, count in rest.items() if count)
+    console.print(f"{ok} ok, {failed} failed{told}", highlight=False)
+    return total - ok

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.gallery_sound import drawn_alignments
+from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
@@ -44,7 +44,7 @@ from ssl_lab.train.loggers import Loggers
 from ssl_lab.train.metrics import Log
 from ssl_lab.train.parallel import Parallel
 from ssl_lab.train.progress import StepBar
-from ssl_lab.train.signals import Interrupted, Signals, end_with_parent
+from ssl_lab.train.signals import Interrupted, Signals
 from ssl_lab.types import Embeds
 from ssl_lab.weights import io
 
@@ -58,8 +58,7 @@ def run(cfg: DictConfig) -> None:
         UserError: a mistake in the configuration, the data, or the run folder.
         SystemExit: 75 after SIGTERM, SIGUSR1 or SIGUSR2, 130 after SIGINT; the state is saved first.
     """
-    if not (first := getattr(rank_zero_only, "rank", 0) == 0):
-        end_with_parent()
+    first = join(cfg.trainer)
     with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
         training = Training(cfg, signals, first=first)
         try:
@@ -182,7 +181,7 @@ class Training:
         ]
         if cfg.trainer.enable_progress_bar:
             callbacks.append(StepBar(self.console))
-        return make_trainer(cfg.trainer, self.out, callbacks, cfg.keep_checkpoints, self.base)
+        return make_trainer(cfg.trainer, self.out, callbacks, cfg.keep_checkpoints, self.base, cfg.save_background)
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
         """In training, where logging is the callback's business."""

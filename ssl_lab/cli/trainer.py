@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
@@ -25,15 +25,21 @@ _NOISE = (  # advice that does not apply here
     ".*configure_model.*callback.*",
     ".*LeafSpec.*",
     ".*module\\(s\\) in eval mode at the start of training.*",
+    ".*`srun` command is available.*",
 )
 
 
 def make_trainer(
-    node: DictConfig, out: Path, callbacks: list[L.Callback], keep: int = 2, base: Base | None = None
+    node: DictConfig,
+    out: Path,
+    callbacks: list[L.Callback],
+    keep: int = 2,
+    base: Base | None = None,
+    background: bool = False,
 ) -> L.Trainer:
     """The Trainer of a configuration; how many steps it runs is set as soon as its number of devices is known.
 
-    `keep` checkpoints stay in the run folder; `base` is what they leave out.
+    `keep` checkpoints stay in the run folder; `base` is what they leave out; `background` writes them beside training.
 
     Raises:
         UserError: a value that Lightning refuses, or would quietly replace.
@@ -41,10 +47,12 @@ def make_trainer(
     require_precision(node.precision, node.accelerator)
     if node.log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={node.log_every_n_steps}: give 1 or more optimizer steps")
-    plugins: list[Any] = [CheckpointFiles(keep, base)]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # the exit code of a signal asks for it
+    plugins: list[Any] = [CheckpointFiles(keep, base, background=background)]
     try:
+        if (
+            SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        ):  # `srun torchrun` counts ranks by torchrun
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # the exit code of a signal asks for it
         trainer: L.Trainer = build(
             node,
             **({"profiler": DataWait()} if node.profiler is None else {}),

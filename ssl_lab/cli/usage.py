@@ -92,7 +92,8 @@ def _overview() -> str:
 {verbs}
 
   ssl-lab <verb> --help   groups, keys and examples of a verb
-  -m, --multirun          one run for each combination of values: seed=0,1,2
+  -m, --multirun          one run for each combination of values: seed=0,1,2; launcher.jobs=2 at a time,
+                          launcher=slurm on a cluster, sweeper=optuna for values that follow the results
   --config-dir DIR        a folder with your own YAML files, laid out like conf/
   --cfg job               print the resolved configuration and stop
   --version
