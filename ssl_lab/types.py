@@ -23,6 +23,7 @@ class Batch(TypedDict, total=False):
     images: Tensor  # (N, C, H, W) float, normalised: of all conversations, in order of appearance
     image_rows: Tensor  # (N,) int64 row of `tokens` that each of `images` belongs to
     image_ids: Tensor  # (N,) int64 number of each of `images` in its set, where views draw nothing
+    image_given: Tensor  # (N,) bool which of `image_ids` are in `images`, where known ones are not read again
     views: list[Tensor]  # V x (B, C, Hv, Wv) float, global views first
     audio: Tensor  # (B, S) float32 mono samples in about [-1, 1], zeros at the end
     audio_valid: Tensor  # (B, S) bool, False = padding
@@ -31,6 +32,9 @@ class Batch(TypedDict, total=False):
     valid: Tensor  # (B, L) bool, False = padding
     segments: Tensor  # (B, L) int64 document of each token of a packed row
     types: Tensor  # (B, L) int64 token types: first or second sentence
+    rejected: Tensor  # (B, Lr) int64 token ids with a worse answer than `tokens` have
+    rejected_labels: Tensor  # (B, Lr) int64, as `labels`
+    rejected_valid: Tensor  # (B, Lr) bool, as `valid`
     target: Tensor  # (B,) int64 class
     span: Tensor  # (B, 2) int64 first and last token of an answer, both 0 = none
     index: Tensor  # (B,) int64 row in the data set
@@ -142,6 +146,15 @@ class Answers(Protocol):
 
         The first answer of `labels` is where the prompt stops; nothing of it is seen.
         """
+        ...
+
+
+@runtime_checkable
+class Prefers(Protocol):
+    """A method that learned which of two answers is the better: preference."""
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """(B, 2) float32 at least: what the chosen and the rejected answer are worth."""
         ...
 
 

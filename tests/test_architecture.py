@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "ssl_lab"
 FILES = sorted(ROOT.rglob("*.py"))
 RANKS = {
-    **dict.fromkeys(("types", "dist", "schedules", "rng", "errors", "files", "pictures", "spread"), 0),
+    **dict.fromkeys(("types", "dist", "schedules", "rng", "errors", "files", "pictures", "spread", "subsets"), 0),
     **dict.fromkeys(("nn", "losses"), 1),
     **dict.fromkeys(("backbones", "weights"), 2),
     **dict.fromkeys(("train", "generation"), 3),

@@ -51,6 +51,7 @@ READERS = {  # of what neither images give nor a method chooses by itself
     **{("views", name): "clip" for name in ("spoken", "spoken_resize")},
     ("data", "cifar10_pixels"): "causal_lm",
     **{("data", name): "llava" for name in ("easy_vqa", "image_captions", "image_classes", "conversations")},
+    ("data", "preferences"): "llava_dpo",
     ("views", "pixels"): "causal_lm",
     **{(group, name): "llava" for group in ("data", "views") for name in LISTENING},
 }

@@ -49,8 +49,9 @@ SEEING = {
     "eval": "[vqa]",
 }
 TEXT = r"(method=(masked_lm|seq2seq|span_\w+|text_class\w+)|experiment=(bert|t5)_)"
+OWN = r"encoder=timm|backbone=resnet|llava|llama_|flamingo|method=(causal_lm|seq2seq|span_cor)|t5_"  # no VIT there
 HEADS = {  # of methods: what they have beside the encoder, small
-    "causal_lm": DECODER,
+    **dict.fromkeys(("causal_lm", "llama"), DECODER),
     **{name: {"eval": "[wer]"} for name in ("ctc", "conformer")},
     **dict.fromkeys(("seq2seq", "span_corruption", "t5"), MODEL),
     "flamingo": SEEING,
@@ -86,7 +87,7 @@ def toy(words: list[str]) -> list[str]:
     more: dict[str, str] = {}
     if verb != "evaluate":
         more |= {k: v for k, v in TOY.items() if verb == "train" or k.startswith("data.")}
-        if not re.search(r"encoder=timm|backbone=resnet|llava|flamingo|method=(causal_lm|seq2seq|span_cor)|t5_", text):
+        if not re.search(OWN, text):
             more |= PAIR if re.search(r"(experiment|method)=(clip|siglip)", text) else VIT
         chosen = re.search(r"(?:experiment|method)=(\w+)", text)
         names = [name for name in HEADS if chosen and re.fullmatch(rf"{name}(_(?!v3)\w+)?", chosen[1])]

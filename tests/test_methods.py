@@ -57,7 +57,11 @@ def text(size: int = 8, vocab_size: int = 64, length: int = 16) -> Batch:
     at = torch.arange(length).expand(size, length)
     valid = at < length - torch.arange(size)[:, None] % 5
     second = (at >= length // 2).long()
+    other = torch.where(at == 0, tokens, (tokens - 1) % (vocab_size - 8) + 8)  # and a worse answer
     return Batch(
+        rejected=other.where(valid, 0),
+        rejected_labels=labels.flip(0).where(valid, -100),
+        rejected_valid=valid,
         tokens=tokens.where(valid, 0),
         labels=labels.where(valid, -100),
         valid=valid,

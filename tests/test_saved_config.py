@@ -70,9 +70,15 @@ def test_starting_weights_are_left_out_and_loss_weights_kept():
     config = {
         "weights": [25.0, 25.0, 1.0],
         "encoder": {"weights": "timm:vit"},
+        "head_weights": "hf:bert",
         "towers": [{"pretrained": True, "dim": 3}],
     }
-    expected = {"weights": [25.0, 25.0, 1.0], "encoder": {"weights": None}, "towers": [{"pretrained": False, "dim": 3}]}
+    expected = {
+        "weights": [25.0, 25.0, 1.0],
+        "encoder": {"weights": None},
+        "head_weights": None,
+        "towers": [{"pretrained": False, "dim": 3}],
+    }
     assert without_downloads(config) == expected
     assert config["encoder"]["weights"] == "timm:vit"
 

@@ -32,6 +32,7 @@ def attend(
     mask: AttnMask = FULL,
     *,
     bias: Tensor | None = None,
+    overwrite_bias: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
     kernel: KernelName = "auto",
@@ -44,6 +45,7 @@ def attend(
         v: values.
         mask: who may attend to whom; a query without any key gives 0.
         bias: (B | 1, H, L, S) float, added to the scaled scores.
+        overwrite_bias: the caller needs `bias` no more, so a kernel may make its scores in the same memory.
         scale: factor on the scores, Dh ** -0.5 by default.
         dropout_p: probability of dropping an attention weight.
         kernel: a name of `KERNELS`, or "auto" (see `choose`).
@@ -59,7 +61,10 @@ def attend(
     elif not torch.compiler.is_compiling():
         width, biased = q.shape[-1], bias is not None
         check(kernel, dtype=q.dtype, device=q.device, head_dim=width, mask=mask, dropout_p=dropout_p, bias=biased)
-    return KERNELS[kernel](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if overwrite_bias and kernel == "eager":
+        return eager(q, k, v, mask, scale, dropout_p, bias, overwrite=True)
+    return KERNELS[kernel](q, k, v, mask, scale, dropout_p, bias)
 
 
 def choose(

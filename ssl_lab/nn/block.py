@@ -91,13 +91,12 @@ class Residual(nn.Module):
             branch = self.adapter(branch)
         branch = self.layer_scale(branch)
         branch = dropout(branch, self.dropout, self.training)
-        if self.scale != 1.0:
-            branch = branch * self.scale
         if self.gate is not None:
             branch = branch * self.gate.tanh()
         if self.takes_context and ctx.rows is not None:
             x = take(x, ctx.rows)
-        x = x + self.drop_path(branch).to(x.dtype)  # a float32 gain must not widen a bf16 stream
+        branch = self.drop_path(branch).to(x.dtype)  # a float32 gain must not widen a bf16 stream
+        x = torch.add(x, branch, alpha=self.scale)
         return x if self.place == "pre" else self.norm(x)
 
 

@@ -67,6 +67,7 @@ class RelativeAttention(Attention):
             attended = attend(
                 q, k, v, mask,
                 bias=bias,
+                overwrite_bias=True,
                 dropout_p=self.dropout if self.training else 0.0,
                 kernel=self.kernel,
             )  # fmt: skip

@@ -12,19 +12,29 @@ from ssl_lab.nn.mask import AttnMask
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttnMask, scale: float, dropout_p: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttnMask,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v, (B, H, L, Dh), (B, Hkv, S, Dh), (B, Hkv, S, Dv) -> (B, H, L, Dv).
 
-    A query that may attend to nothing gives 0.
+    A query that may attend to nothing gives 0. `overwrite`: nobody needs `bias` afterwards.
     """
     trains = q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and dropout_p < 1 and q.device.type == "cpu":
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         hidden = None if allowed is None else ~allowed
         if bias is not None:
-            bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty, dropout_p)
+            whole = (*q.shape[:3], k.shape[2])
+            overwrite = overwrite and bias.shape == whole and bias.is_contiguous()
+            bias = bias.to(q.dtype).expand(whole)
+        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty, dropout_p, overwrite)
         return out
     weights = attention_map(q, k, mask, scale, dropout_p, bias)
     return _per_head(weights, v)
@@ -44,15 +54,16 @@ class _Training(torch.autograd.Function):
         scale: float,
         empty_rows: bool,
         dropout_p: float,
+        overwrite: bool,
     ) -> Tensor:
         (B, H, L, Dh), (_, G, S, _) = q.shape, k.shape
         q, k, v = q.reshape(B * G, -1, Dh), k.flatten(0, 1), v.flatten(0, 1)
-        plus = None if bias is None else bias.reshape(B * G, -1, S)
+        plus = None if bias is None else bias.detach().reshape(B * G, -1, S)
         if (
             hidden is not None and plus is None and hidden.numel() == L * S and G == H
         ):  # one mask for all: a mere addend
             plus = q.new_zeros(1, L, S).masked_fill_(hidden.view(1, L, S), float("-inf"))
-        scores = product(q, k.transpose(1, 2), alpha=scale, plus=plus)
+        scores = product(q, k.transpose(1, 2), alpha=scale, plus=plus, overwrite=overwrite and bias is not None)
         if hidden is not None and (bias is not None or plus is None):
             scores.view(B, H, L, S).masked_fill_(hidden, float("-inf"))
         weights = torch.softmax(scores, -1, out=scores)  # in place: large tensors cost most when they are first touched
@@ -82,10 +93,7 @@ class _Training(torch.autograd.Function):
             into_k.view(B, G, S, -1),
             into_v.view(B, G, S, -1),
             into_bias,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 

@@ -11,15 +11,16 @@ from ssl_lab.nn import linear
 _SMALLEST = 1 << 20  # multiplications in one product: below, oneDNN's fixed cost is more than it gains
 
 
-def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """alpha * a b + plus, (N, M, K), (N, K, P), (N, M, P) -> (N, M, P); not for autograd to follow.
 
-    A matrix may be a transposed view; every other layout than that is copied first.
+    A matrix may be a transposed view; every other layout than that is copied first. `overwrite`: the result may take
+    the place of `plus`.
     """
     if not _through_onednn(a, b):
         if plus is None:
             return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-        return torch.baddbmm(plus, a, b, alpha=alpha)
+        return plus.baddbmm_(a, b, alpha=alpha) if overwrite else torch.baddbmm(plus, a, b, alpha=alpha)
     out = torch.stack([_single(x, y) for x, y in zip(a, b, strict=True)])
     if alpha != 1.0:
         out.mul_(alpha)
