@@ -107,6 +107,7 @@ def test_torchrun_comes_to_an_end(ordinary, tmp_path, target, name, codes):
     (tmp_path / "faulty.py").write_text(FAULTY.format(target=target, name=name))
     out = tmp_path / "run"
     env = environment(PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", MARK=str(tmp_path / "mark"))
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     words = ["-m", "ssl_lab", *WORDS, "method._target_=faulty.Faulty", f"out={out}"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*TORCHRUN, "--max-restarts=1", *words], env=env, stdout=log, stderr=log)
@@ -130,6 +131,15 @@ def test_other_ranks_than_devices_are_refused(started, words, tmp_path, capsys, 
         monkeypatch.setenv(name, value)
     assert main([*TINY, *words, f"out={tmp_path / 'run'}"]) == 2
     assert "4 ranks were started for trainer.devices=" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_restarts_that_would_meet_the_dead_are_refused(tmp_path, capsys, monkeypatch):
+    told = {"RUN_ID": "x", "MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert main([*TINY, *TWO, f"out={tmp_path / 'run'}"]) == 2
+    assert "torchrun --max-restarts=3: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

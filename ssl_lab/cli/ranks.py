@@ -15,7 +15,8 @@ def join(trainer: DictConfig) -> bool:
     """Whether this process is the first of its run. The others, and all of torchrun's, end with what started them.
 
     Raises:
-        UserError: several machines and nothing that counts the ranks on all of them, or another number of ranks.
+        UserError: several machines and nothing that counts the ranks on all of them, another number of ranks, or
+            torchrun would start ranks again that then wait for those that died.
     """
     with quiet():
         elastic, srun = TorchElasticEnvironment.detect(), SLURMEnvironment.detect()
@@ -23,6 +24,12 @@ def join(trainer: DictConfig) -> bool:
         raise UserError(
             f"trainer.num_nodes={trainer.num_nodes}: start the ranks with torchrun or srun on each machine, "
             "as docs/cluster.md shows"
+        )
+    again, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if elastic and again != "0" and shared == "True":  # one store for all tries keeps addresses of the dead
+        raise UserError(
+            f"torchrun --max-restarts={again}: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or ranks "
+            "that start again look for those that died (PyTorch issue 135712)"
         )
     started = os.environ.get("WORLD_SIZE" if elastic else "SLURM_STEP_NUM_TASKS", "")  # the latter is srun's
     if (
