@@ -8,19 +8,31 @@ import torch
 from torch import Tensor
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn.kernels import exchanged, flash_attn, flex, sdpa, varlen
+from ssl_lab.nn.kernels.case import Case
 from ssl_lab.nn.kernels.eager import eager
-from ssl_lab.nn.kernels.flex import flex
-from ssl_lab.nn.kernels.sdpa import BACKENDS, sdpa
 from ssl_lab.nn.mask import FULL, AttnMask
 
-KernelName = Literal["auto", "eager", "sdpa", "flash", "efficient", "cudnn", "math", "flex"]
+KernelName = Literal[
+    "auto", "eager", "sdpa", "flash", "efficient", "cudnn", "math", "flex", "varlen", "flash_attn", "flash3", "flash4"
+]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttnMask, float, float, Tensor | None], Tensor]
 
 KERNELS: dict[KernelName, Kernel] = {
     "eager": eager,
-    "sdpa": sdpa,
-    **{name: functools.partial(sdpa, backend=name) for name in BACKENDS},
-    "flex": flex,
+    "sdpa": sdpa.sdpa,
+    **{name: functools.partial(sdpa.sdpa, backend=name) for name in sdpa.BACKENDS},
+    "flex": flex.flex,
+    "varlen": varlen.varlen,
+    "flash_attn": flash_attn.flash_attn,
+    **{name: functools.partial(exchanged.exchanged, name=name) for name in exchanged.IMPLEMENTATIONS},
+}
+REFUSALS: dict[str, Callable[[Case], str | None]] = {  # eager, and sdpa when torch may choose, serve everything
+    **{name: functools.partial(sdpa.refuses, backend=name) for name in sdpa.BACKENDS},
+    "flex": flex.refuses,
+    "varlen": varlen.refuses,
+    "flash_attn": flash_attn.refuses,
+    **{name: functools.partial(exchanged.refuses, name=name) for name in exchanged.IMPLEMENTATIONS},
 }
 BIASED = ("auto", "eager", "sdpa")  # kernels that add a bias to the scores
 
@@ -59,8 +71,17 @@ def attend(
     if kernel == "auto":
         kernel = choose(q, k, mask, dropout_p, bias=bias is not None, v_dim=v.shape[-1])
     elif not torch.compiler.is_compiling():
-        width, biased = q.shape[-1], bias is not None
-        check(kernel, dtype=q.dtype, device=q.device, head_dim=width, mask=mask, dropout_p=dropout_p, bias=biased)
+        check(
+            kernel,
+            dtype=q.dtype,
+            device=q.device,
+            head_dim=q.shape[-1],
+            mask=mask,
+            dropout_p=dropout_p,
+            bias=bias is not None,
+            v_dim=v.shape[-1],
+            lengths=(q.shape[2], k.shape[2]),
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if overwrite_bias and kernel == "eager":
         return eager(q, k, v, mask, scale, dropout_p, bias, overwrite=True)
@@ -75,6 +96,7 @@ def choose(
     On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
     short rows in fp32, where plain matrix products run 1.7 to 12 times faster; long rows and thin heads in fp32 are
     the opposite (`docs/performance.md` has the table). Accelerators: torch's own choice, flex for masks with structure.
+    varlen, flash_attn, flash3 and flash4 are taken by name alone: none has been measured here against these.
     Values of another width than the keys (`v_dim`) have no fused kernel on CPU.
     """
     length, dim = k.shape[2], q.shape[-1]
@@ -101,9 +123,21 @@ def check(
     mask: AttnMask = FULL,
     dropout_p: float = 0.0,
     bias: bool = False,
+    v_dim: int | None = None,
+    lengths: tuple[int, int] | None = None,
 ) -> None:
     """Raise `UserError` with the reason when `kernel` cannot serve; see `supports`."""
-    reason = supports(kernel, dtype=dtype, device=device, head_dim=head_dim, mask=mask, dropout_p=dropout_p, bias=bias)
+    reason = supports(
+        kernel,
+        dtype=dtype,
+        device=device,
+        head_dim=head_dim,
+        mask=mask,
+        dropout_p=dropout_p,
+        bias=bias,
+        v_dim=v_dim,
+        lengths=lengths,
+    )
     if reason is not None:
         raise UserError(f"attention={kernel} cannot run here: {reason}; attention=auto picks one that can")
 
@@ -117,26 +151,16 @@ def supports(
     mask: AttnMask = FULL,
     dropout_p: float = 0.0,
     bias: bool = False,
+    v_dim: int | None = None,
+    lengths: tuple[int, int] | None = None,
 ) -> str | None:
-    """None when `kernel` can serve, else the reason in words."""
-    device = torch.device(device)
-    half = dtype in (torch.bfloat16, torch.float16)
+    """None when `kernel` can serve, else the reason in words; the arguments are those of `Case`.
+
+    `bias`: something is added to the scores.
+    """
     if kernel not in KERNELS and kernel != "auto":
         return f"there is no such kernel; there are auto, {', '.join(KERNELS)}"
     if bias and kernel not in BIASED:
         return "it takes no score bias"
-    if kernel == "flex" and dropout_p > 0:
-        return "FlexAttention has no dropout"
-    if kernel == "flex" and device.type == "cpu" and torch.is_grad_enabled():
-        return "FlexAttention has no backward on CPU"
-    if kernel in ("efficient", "cudnn") and device.type != "cuda":
-        return f"torch has this kernel for CUDA only, not for {device.type}"
-    if kernel in ("flash", "cudnn") and device.type == "cuda" and not half:
-        return f"it needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}: set trainer.precision=bf16-mixed"
-    if kernel == "flash" and device.type == "cuda" and not mask.plain:
-        return "flash attention takes only plain or causal masks"
-    if kernel in ("flash", "cudnn") and device.type == "cuda" and head_dim > 256:
-        return f"its heads are at most 256 wide, not {head_dim}"
-    if kernel == "flash" and device.type == "cpu" and dropout_p > 0:
-        return "the CPU flash kernel has no dropout"
-    return None
+    refuses = REFUSALS.get(kernel)
+    return refuses and refuses(Case(dtype, torch.device(device), head_dim, mask, dropout_p, v_dim, lengths))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_lab.errors import UserError
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -166,6 +168,36 @@ class AttnMask:
             rows = next((len(t) for t in per_row if t is not None), None)
             kept[key] = create_block_mask(self.mask_mod(L, S), rows, None, L, S, device=str(device))
         return kept[key]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def cu_seqlens(self) -> tuple[Tensor, int]:
+        """Where the documents of the B rows laid end to end begin, and the end: (N + 1,) int32, and the longest length.
+
+        A document is a run of one id within a row, be it that of padding. Built once for all layers and kept on this
+        object: on an accelerator the host waits for it.
+
+        Raises:
+            UserError: an id comes back after another one within a row.
+        """
+        kept: tuple[Tensor, int] | None = self.__dict__.get("_cu_seqlens")
+        if kept is None:
+            assert self.segments is not None
+            begins = _begins(self.segments)
+            if int(begins.sum()) != int(_begins(self.segments.sort(1).values).sum()):
+                raise UserError("a document of a packed row comes in two pieces: attention=flex and sdpa can take that")
+            first = begins.flatten().nonzero()[:, 0]
+            bounds = torch.cat([first, first.new_tensor([begins.numel()])])
+            kept = bounds.int(), int(bounds.diff().max())
+            if not torch.is_inference_mode_enabled():
+                self.__dict__["_cu_seqlens"] = kept
+        return kept
+
+
+def _begins(ids: Tensor) -> Tensor:
+    """(B, S) -> (B, S) bool, where an id differs from the one before it in the row."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins
 
 
 def _all(conditions: list[Tensor]) -> Tensor:

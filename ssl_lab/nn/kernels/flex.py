@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_lab.nn.kernels.case import Case
 from ssl_lab.nn.mask import AttnMask
 
 
@@ -30,3 +31,12 @@ def flex(
     run = _flex(q.device.type != "cpu" and not torch.compiler.is_compiling())
     out: Tensor = run(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out
+
+
+def refuses(case: Case) -> str | None:
+    """None when this kernel can serve, else the reason."""
+    if case.dropout_p > 0:
+        return "FlexAttention has no dropout"
+    if case.device.type == "cpu" and torch.is_grad_enabled():
+        return "FlexAttention has no backward on CPU"
+    return None

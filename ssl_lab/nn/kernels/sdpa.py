@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssl_lab.nn.kernels.case import Case, not_half, off_cuda, too_wide
 from ssl_lab.nn.mask import AttnMask
 
 Backend = Literal["flash", "efficient", "cudnn", "math"]
@@ -55,3 +56,17 @@ def sdpa(
     if folded:
         out = out.reshape(len(q), H, 1, -1)
     return out if empty is None else torch.where(empty, out.new_zeros(()), out)
+
+
+def refuses(case: Case, *, backend: Backend) -> str | None:
+    """None when this backend can serve, else the reason."""
+    if backend in ("efficient", "cudnn") and (reason := off_cuda(case)):
+        return reason
+    if backend in ("flash", "cudnn") and case.device.type == "cuda":
+        plain = backend == "cudnn" or case.mask.plain
+        return (
+            not_half(case) or (None if plain else "flash attention takes only plain or causal masks") or too_wide(case)
+        )
+    if backend == "flash" and case.device.type == "cpu" and case.dropout_p > 0:
+        return "the CPU flash kernel has no dropout"
+    return None
