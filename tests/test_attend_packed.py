@@ -18,6 +18,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.nn import attend as door
 from ssl_lab.nn.attend import KERNELS, attend, supports
 from ssl_lab.nn.attention import Attention
+from ssl_lab.nn.kernels.case import Case
 from ssl_lab.nn.kernels.flash_attn import MODULE
 from ssl_lab.nn.mask import CAUSAL, FULL, AttnMask
 
@@ -347,6 +348,15 @@ def test_refusals_name_the_reason(monkeypatch, kernel, phrase):
     assert supports(kernel, **ON_GPU) is None
     reason = supports(kernel, **{**ON_GPU, **REFUSED[phrase]})
     assert reason is not None and phrase in reason
+
+
+def test_a_kernel_is_asked_about_the_very_call(monkeypatch):
+    cases = []
+    monkeypatch.setitem(door.REFUSALS, "math", lambda case: cases.append(case) or "it is only asked")
+    q, k, v = (torch.zeros(1, 2, length, width, dtype=torch.bfloat16) for length, width in ((3, 8), (5, 8), (5, 16)))
+    with pytest.raises(UserError, match="attention=math cannot run here: it is only asked"):
+        attend(q, k, v, CAUSAL, kernel="math", dropout_p=0.5)
+    assert cases == [Case(torch.bfloat16, torch.device("cpu"), 8, CAUSAL, 0.5, v_dim=16, lengths=(3, 5))]
 
 
 @pytest.mark.parametrize("kernel", ["varlen", "flash_attn"])
