@@ -9,9 +9,14 @@ from torch import nn
 
 from ssl_lab.bench import plan
 from ssl_lab.bench.devices import ACCELERATORS, accelerator
+from ssl_lab.bench.flops import count
 from ssl_lab.bench.probe import Probe, saved_bytes, state_bytes, tensor_bytes
+from ssl_lab.bench.step import method_step
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
-from ssl_lab.cli.rehearsal import batch_of
+from ssl_lab.cli.plan_work import work_here
+from ssl_lab.cli.rehearsal import batch_of, batches_of, rehearsal
 from ssl_lab.errors import UserError
 
 WORK = plan.Work(
@@ -133,3 +138,19 @@ def test_the_batch_that_stands_for_all_is_of_middling_size(lengths, chosen):
     training = SimpleNamespace(data=Data(), trainer=trainer)
     assert batch_of(training, 2)["audio"].shape == (2, chosen)
     assert training.data.batch_size == 8
+
+
+def test_whole_batches_of_many_lengths(tmp_path):
+    """FLOPs and time on average over the lengths that come, memory of the longest."""
+    words = ["experiment=conformer_tones", "data.batch_size=8", "data.num_workers=0"]
+    training = rehearsal(compose("plan", words, [conf_folder()]), str(tmp_path / "run"), 1)
+    method = training.method
+    batches = batches_of(training)
+    sizes = [tensor_bytes(batch) for batch in batches]
+    assert len(sizes) > 2 and sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    work = work_here(training, "32-true")
+    steps = [method_step(method, batch, device=torch.device("cpu"), precision="32-true") for batch in batches]
+    counted = [count(step.forward_backward, method) for step in steps]
+    assert work.flops(8) == pytest.approx(sum(counted) / len(counted), rel=1e-3)
+    assert work.inputs(8) == sizes[-1] and work.large.batch_size == 8
+    assert work.seconds(8) == work.large.seconds > 0

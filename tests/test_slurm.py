@@ -43,7 +43,7 @@ def state(job: str) -> str:
 
 
 def starts_now(job: str) -> bool:
-    """Ask SLURM not to wait its two minutes before a requeued job starts; it refuses while the last of it is cleared."""
+    """Ask SLURM not to wait two minutes before a requeued job starts; it refuses while it clears the last start."""
     asked = subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], capture_output=True)
     return asked.returncode == 0 or state(job) != "PENDING"
 

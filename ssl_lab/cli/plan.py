@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,17 +11,14 @@ from rich.console import Console
 
 from ssl_lab.bench import plan
 from ssl_lab.bench.devices import Accelerator, accelerator
-from ssl_lab.bench.machine import device_name, memory_of, resident
-from ssl_lab.bench.probe import Probe, free, fused_attention, probe, state_bytes, tensor_bytes
-from ssl_lab.bench.step import compute_dtype, method_step
+from ssl_lab.bench.machine import device_name, memory_of
+from ssl_lab.bench.step import compute_dtype
 from ssl_lab.cli.compose import steps_of
-from ssl_lab.cli.rehearsal import batch_of, rehearsal
+from ssl_lab.cli.plan_work import work_elsewhere, work_here
+from ssl_lab.cli.rehearsal import rehearsal
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
-from ssl_lab.train.metrics import peak_memory
 
-_CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
-_ROUNDS = 4  # timed steps of each probe, after one that is not
 _ON_CPU = {"16": "bf16-mixed", "16-mixed": "bf16-mixed", "16-true": "bf16-true"}  # as wide, where fp16 is refused
 _SCALES = (1, 8, 64, 256, 1024)
 
@@ -54,7 +51,7 @@ class Plan:
 
 
 def run(cfg: DictConfig) -> None:
-    """Probe two small batches, work the plan out, print it, and write `out` if it is given.
+    """Probe small batches, and whole ones that fit, work the plan out, print it, and write `out` if it is given.
 
     Raises:
         UserError: no such accelerator, or numbers that mean nothing.
@@ -91,39 +88,11 @@ def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
             cfg.trainer.accelerator = "cpu"
             cfg.trainer.precision = _ON_CPU.get(str(cfg.trainer.precision), cfg.trainer.precision)
     training = rehearsal(cfg, str(folder / "run"), 1)
-    method, data, batch = training.method, training.data, training.data.batch_size
-    method.configure_model()
-    device, precision = training.trainer.strategy.root_device, cfg.trainer.precision
-    params = sum(p.numel() for p in method.parameters())
-    held = sum(tensor_bytes(t) for t in (*method.parameters(), *method.buffers()))
-    before = resident() - held
-    state, probes = 0, list[Probe]()
-    for rows in _sizes(batch) if gpu is None else (2, 4):
-        held_batch = batch_of(training, rows)
-        step = method_step(method, held_batch, device=device, precision=precision)
-        if gpu is None:
-            probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=_ROUNDS))
-        else:
-            with fused_attention(method):
-                probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=0))
-                step()
-        state = state_bytes(step.optimizer)
-        del step, held_batch
-        free()
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    work = plan.Work(
-        params, trained, held, state, int(before if gpu is None else _CONTEXT), small=probes[0], large=probes[-1]
-    )
-    if gpu is None:  # libraries that the first step loads, and what lives for a moment within it
-        beyond = peak_memory(device) - plan.memory(replace(work, process=0), work.large.batch_size).total
-        work = replace(work, process=max(work.process, int(beyond)))
-    return _worked_out(cfg, work, batch, training.trainer.accumulate_grad_batches, gpu, data.num_train, device)
-
-
-def _sizes(batch: int) -> list[int]:
-    """Two sizes that tell what grows with the batch; the larger is at most half of it, and small."""
-    large = max(2, min(batch, max(batch // 2, 4), 64))
-    return sorted({max(1, large // 2), large})
+    training.method.configure_model()
+    precision, device = cfg.trainer.precision, training.trainer.strategy.root_device
+    work = work_here(training, precision) if gpu is None else work_elsewhere(training, precision)
+    accumulate, data = training.trainer.accumulate_grad_batches, training.data
+    return _worked_out(cfg, work, data.batch_size, accumulate, gpu, data.num_train, device)
 
 
 def _worked_out(

@@ -26,15 +26,22 @@ def batch_of(training: Training, rows: int | None = None) -> Batch:
 
     The first one; where batches differ in size, as those of sound and sentences do, one of middling size.
     """
+    batches = batches_of(training, rows)
+    return batches[len(batches) // 2]
+
+
+def batches_of(training: Training, rows: int | None = None) -> list[Batch]:
+    """The first batch of training data as `batch_of` gives it, or, where batches differ in size, several by size."""
     data, device = training.data, training.trainer.strategy.root_device
     usual, data.batch_size = data.batch_size, rows or data.batch_size
     try:
         batches = iter(data.train_dataloader())
         drawn = [next(batches), next(batches)]
-        if tensor_bytes(drawn[0]) != tensor_bytes(drawn[1]):
+        if tensor_bytes(drawn[0]) == tensor_bytes(drawn[1]):
+            del drawn[1]
+        else:
             drawn += itertools.islice(batches, _DRAWN - 2)
             drawn.sort(key=tensor_bytes)
-        batch = moved(drawn[len(drawn) // 2 if len(drawn) > 2 else 0], torch.device(device))
-        return data.on_after_batch_transfer(batch, 0)
+        return [data.on_after_batch_transfer(moved(batch, torch.device(device)), 0) for batch in drawn]
     finally:
         data.batch_size = usual
