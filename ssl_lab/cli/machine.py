@@ -17,7 +17,12 @@ from ssl_lab.errors import UserError
 
 GIB = 1024**3
 NEEDED = ("torch", "torchvision", "lightning", "timm", "hydra-core", "datasets", "torchmetrics", "safetensors")
-WANTED = {"transformers": "ssl-lab export to=hf", "wandb": "logger=wandb", "tensorboard": "logger=tensorboard"}
+WANTED = {
+    "transformers": "ssl-lab export to=hf",
+    "wandb": "logger=wandb",
+    "tensorboard": "logger=tensorboard",
+    "torchao": "float8=tensorwise",
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "asimd", "sve")
 
 

@@ -22,7 +22,7 @@ def heading(
     """The run in a few lines: what is trained, on what, for how long, and from where."""
     samples = method.samples_per_step
     epochs = steps * samples / max(1, data.num_train)
-    rate = method.optim.peak_lr(samples)
+    rate, float8 = method.optim.peak_lr(samples), method.parallel.float8
     lines = {
         "method": f"{type(method).__name__}, {_parameters(method)}",
         **({"tuning": share(method)} if any(not p.requires_grad for p in method.parameters()) else {}),
@@ -31,12 +31,17 @@ def heading(
         "optimizer": f"{method.optim.name}, peak lr {rate:.4g}, weight decay {_short(method.optim.weight_decay)}",
         **_schedules(method),
         "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
+        **({"float8": float8.told(method)} if float8 is not None else {}),
         "folder": str(cfg.out),
     }
     if standing.path is not None:
         lines["goes on"] = f"from step {standing.step:,} ({standing.path})"
     width = max(11, *(len(name) + 2 for name in lines))
-    return [f"[bold]{cfg.name}[/bold], seed {cfg.seed}", *(f"{name:<{width}}{text}" for name, text in lines.items())]
+    told: list[str | Table] = [f"[bold]{cfg.name}[/bold], seed {cfg.seed}"]
+    told += [f"{name:<{width}}{text}" for name, text in lines.items()]
+    if float8 is not None and not method.parallel.compile:
+        told.append("float8 without compile=true is slower than no float8: its casts then are passes of their own")
+    return told
 
 
 def summary(out: Path, rows: Sequence[Row], steps: int) -> list[str | Table]:

@@ -16,7 +16,7 @@ from ssl_lab.files import write_text
 from ssl_lab.train import checkpoint
 from ssl_lab.train.base import Base
 
-IDENTITY = ("method", "tuning", "data", "optim", "seed", "duration", "ema")
+IDENTITY = ("method", "tuning", "data", "optim", "seed", "duration", "ema", "float8")
 IDENTITY_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 FREE = ("num_workers", "augment_on_device", "kernel")  # how it is computed, not what
 SHARED_OUT = ("data.batch_size", "trainer.accumulate_grad_batches")  # their product with the devices counts

@@ -34,6 +34,7 @@ from ssl_lab.evals.results import Row, read, write
 from ssl_lab.evals.runner import logged, run_all
 from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.float8 import Float8, ordinary_
 from ssl_lab.nn.lora import fuse_
 from ssl_lab.pictures import side_by_side, unnormalize
 from ssl_lab.train import checkpoint
@@ -84,13 +85,18 @@ class Training:
         self.base = tune(self.method, self.config)
         self.method.optim, self.method.seed = build(cfg.optim), cfg.seed
         self.method.parallel = Parallel(
-            checkpoint_blocks=cfg.checkpoint_blocks, compile=cfg.compile, fp32_residual=cfg.fp32_residual
+            checkpoint_blocks=cfg.checkpoint_blocks,
+            compile=cfg.compile,
+            fp32_residual=cfg.fp32_residual,
+            float8=Float8(cfg.float8) if cfg.get("float8") else None,
         )
         self.evaluators: dict[str, Evaluator] = {name: build(node) for name, node in cfg.eval.items()}
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
         self.trainer = self._trainer()
+        if (float8 := self.method.parallel.float8) is not None:
+            float8.require(self.method, self.trainer.strategy.root_device, self.trainer.precision)
         world_size = self.trainer.world_size
         self.method.samples_per_step = cfg.data.batch_size * self.trainer.accumulate_grad_batches * world_size
         self.steps = steps_of(cfg.duration, self.method.samples_per_step, self.data.num_train)
@@ -141,6 +147,7 @@ class Training:
 
     def finish(self) -> None:
         """Judge, draw and export the trained weights, and show it all."""
+        ordinary_(self.method)
         rows = read(self.out / "metrics.json")
         known = {(r.evaluator, json.dumps(r.protocol)) for r in rows if (r.subject, r.step) == ("trained", self.steps)}
         missing = {k: e for k, e in self.evaluators.items() if (k, json.dumps(e.protocol)) not in known}

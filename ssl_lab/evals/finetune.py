@@ -13,6 +13,7 @@ from ssl_lab import dist
 from ssl_lab.backbones.read import read
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy, moved
+from ssl_lab.nn.float8 import ordinary_
 from ssl_lab.rng import fold
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch, Embeds, Encoded, Pooling
@@ -78,7 +79,7 @@ class Finetune(Common):
             raise Skip(f"{type(round.method).__name__} has no encoder to train")
         if not classes:
             raise Skip("the data have no classes")
-        model = Classifier(copy.deepcopy(encoder), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
+        model = Classifier(ordinary_(copy.deepcopy(encoder)), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
         losses = self._train(model, round)
         model.eval()
         test = round.extract(model, "test", self.limit)

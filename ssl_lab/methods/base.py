@@ -23,7 +23,7 @@ class Method(L.LightningModule):
 
     Attributes:
         optim: optimizer and schedules; the command line sets it from YAML.
-        parallel: compilation and activation checkpointing.
+        parallel: float8, activation checkpointing, compilation.
         seed: every random number of a step comes from (seed, global step, micro-batch, rank).
         samples_per_step: global batch times accumulation, for the scaling of the learning rate.
         skipped: the latest step's loss or gradient was not finite, and it was left out.

@@ -1,10 +1,11 @@
-"""What is done to a network before training: precision of the residual stream, checkpointing, then compilation."""
+"""What is done to a network before training: float8, precision of the residual stream, checkpointing, compilation."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from ssl_lab.nn.block import Block, Transformer
+from ssl_lab.nn.float8 import Float8
 
 
 @dataclass
@@ -15,14 +16,18 @@ class Parallel:
         checkpoint_blocks: recompute a block's activations in the backward pass: less memory, about a third more work.
         compile: torch.compile each block; the first steps take minutes on a CPU, later ones run faster.
         fp32_residual: see `Transformer`; matters under mixed precision only.
+        float8: products of blocks' linear maps in 8 bits. It comes first: what is compiled holds the converted maps.
     """
 
     checkpoint_blocks: bool = False
     compile: bool = False
     fp32_residual: bool = False
+    float8: Float8 | None = None
 
     def __call__(self, network: nn.Module) -> None:
         """Apply to every `Transformer` and `Block` of `network`."""
+        if self.float8 is not None:
+            self.float8(network)
         for module in network.modules():
             if isinstance(module, Transformer):
                 module.fp32_residual = self.fp32_residual
