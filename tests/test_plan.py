@@ -86,12 +86,14 @@ QUICK = ["plan", "experiment=quickstart", "data.batch_size=8", "method.encoder.d
 def test_a_listed_gpu(tmp_path, capsys) -> None:
     """Parameters and FLOPs are those of the network; hours follow from them."""
     out = tmp_path / "plan.json"
-    assert main([*QUICK, "gpu=H100", "devices=16", "duration=1000steps", f"out={out}"]) == 0
+    faster = ["compile=true", "float8=tensorwise"]
+    assert main([*QUICK, *faster, "gpu=H100", "devices=16", "duration=1000steps", f"out={out}"]) == 0
     made, said = json.loads(out.read_text()), capsys.readouterr().out
     assert made["steps"] == 1000 and made["samples"] == 1000 * 8 * 16
     assert made["step_seconds"] - made["exposed_seconds"] == pytest.approx(made["flops"] * 8 / (989e12 * 0.4))
     assert made["hours"] == pytest.approx(made["step_seconds"] * 1000 / 3600)
     assert made["cost"] == pytest.approx(made["hours"] * 16 * 2.8)
+    assert "compile and float8 left out of these figures" in said
     assert "16 x H100" in said and "simulated" in said and f"{made['params'] / 1e6:.3g}M" in said
 
 

@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> None:
 def _plan(cfg: DictConfig, folder: Path, gpu: Accelerator | None) -> Plan:
     cfg = DictConfig(OmegaConf.to_container(cfg))
     with open_dict(cfg):
-        cfg.trainer.devices, cfg.trainer.strategy, cfg.compile = 1, "auto", False
+        cfg.trainer.devices, cfg.trainer.strategy, cfg.compile, cfg.float8 = 1, "auto", False, None
         if "num_workers" in cfg.data:
             cfg.data.num_workers = 0  # a few batches are not worth starting processes
         if gpu is not None:
@@ -172,8 +172,8 @@ def _lines(p: Plan, cfg: DictConfig) -> list[str]:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in p.scaling)
         lines["scaling"] = f"simulated from message sizes and bandwidths, speed beside perfect scaling: {shares}"
     head = f"[bold]{p.name}[/bold] on {p.devices} x {p.where}, {p.precision}, {p.batch} samples each"
-    if cfg.compile:
-        lines["compile"] = "left out of these figures"
+    if left := [key for key in ("compile", "float8") if cfg[key]]:
+        lines["speed"] = f"{' and '.join(left)} left out of these figures"
     return [head, *(f"{name:<11}{text}" for name, text in lines.items()), *(f"-> {line}" for line in p.advice)]
 
 
