@@ -1,6 +1,7 @@
 """A plan: bytes and FLOPs against what is counted by hand, arithmetic of fitting and of many devices, mistakes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,9 @@ def test_a_listed_gpu(tmp_path, capsys) -> None:
     assert made["step_seconds"] - made["exposed_seconds"] == pytest.approx(made["flops"] * 8 / (989e12 * 0.4))
     assert made["hours"] == pytest.approx(made["step_seconds"] * 1000 / 3600)
     assert made["cost"] == pytest.approx(made["hours"] * 16 * 2.8)
+    split = sum(made["memory"][part] for part in ("weights", "gradients", "optimizer"))
+    assert made["divided"] == pytest.approx(sum(made["memory"].values()) - split * 15 / 16)
+    assert re.search("fsdp2 .* a device: .* divided over 16", said)
     assert "compile and float8 left out of these figures" in said
     assert "16 x H100" in said and "simulated" in said and f"{made['params'] / 1e6:.3g}M" in said
 
@@ -101,7 +105,13 @@ def test_this_machine_is_timed(tmp_path, capsys) -> None:
     out = tmp_path / "plan.json"
     assert main([*QUICK, "duration=2epochs", f"out={out}"]) == 0
     made = json.loads(out.read_text())
-    assert made["steps"] == 16 and made["cost"] is None and made["scaling"] == [] and made["step_seconds"] > 0
+    assert (
+        made["steps"] == 16
+        and made["cost"] is None
+        and made["divided"] is None
+        and made["scaling"] == []
+        and made["step_seconds"] > 0
+    )
     assert "timed here" in capsys.readouterr().out
 
 

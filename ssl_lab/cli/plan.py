@@ -45,6 +45,7 @@ class Plan:
     hours: float
     cost: float | None
     memory: dict[str, float]
+    divided: float | None
     room: float
     advice: list[str]
     scaling: list[tuple[int, float]]
@@ -109,6 +110,7 @@ def _worked_out(
     rows = cfg.rows or rows
     steps = steps_of(cfg.duration, together, rows)
     need = plan.memory(work, batch)
+    divided = plan.memory(work, batch, shards=cfg.devices).total if cfg.devices > 1 else None
     room = memory_of(device) if gpu is None else gpu.memory
     if gpu is None:
         compute, exposed, scaling, price = work.seconds(batch) or 0.0, 0.0, list[tuple[int, float]](), cfg.price
@@ -127,7 +129,8 @@ def _worked_out(
         trained=work.trained, flops=work.flops(batch) / batch, samples=steps * together, steps=steps,
         epochs=steps * together / max(1, rows), input_bytes=work.inputs(batch) / batch, step_seconds=seconds,
         exposed_seconds=exposed, hours=hours, cost=None if price is None else hours * cfg.devices * price,
-        memory=asdict(need), room=room, advice=_advice(cfg, work, batch, accumulate, need, room), scaling=scaling,
+        memory=asdict(need), divided=divided, room=room,
+        advice=_advice(cfg, work, batch, accumulate, need, room), scaling=scaling,
     )  # fmt: skip
 
 
@@ -163,9 +166,12 @@ def _lines(p: Plan, cfg: DictConfig) -> list[str]:
         "step": f"{p.step_seconds * 1e3:.4g} ms ({took}), {rate:,.4g} samples/s",
         "data": f"{_size(rate * p.input_bytes)}/s into the steps of all devices",
         "memory": f"{_size(sum(p.memory.values()))} of {_size(p.room)} a device: {memory}",
-        "time": f"{_hours(p.hours)}, {p.hours * p.devices:,.3g} device hours"
-        + ("" if p.cost is None else f", about {p.cost:,.0f} dollars"),
     }
+    if p.divided is not None:
+        lines["fsdp2"] = f"{_size(p.divided)} a device: weights, gradients and optimizer divided over {p.devices}"
+    lines["time"] = f"{_hours(p.hours)}, {p.hours * p.devices:,.3g} device hours"
+    if p.cost is not None:
+        lines["time"] += f", about {p.cost:,.0f} dollars"
     if p.exposed_seconds > 0:
         lines["step"] += f", {p.exposed_seconds / p.step_seconds:.0%} of it waiting for gradients"
     if p.scaling:
