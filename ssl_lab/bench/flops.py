@@ -20,17 +20,12 @@ def count(call: Callable[[], object], network: nn.Module) -> int:
     recomputed) and blocks without checkpointing, so that a kernel which recomputes earns no credit for it. Norms,
     activations and the optimizer are left out.
     """
-    with _as_defined(network), counter() as found:
-        call()
-    return int(found.get_total_flops())
-
-
-def counter() -> FlopCounterMode:
-    """torch's counter, which knows our operators too: a context whose `get_total_flops()` is what ran inside it."""
     onednn = (
         {torch.ops.mkldnn._linear_pointwise: _linear_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
     )
-    return FlopCounterMode(display=False, custom_mapping=onednn)
+    with _as_defined(network), FlopCounterMode(display=False, custom_mapping=onednn) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.backbones.vit import ViT
-from ssl_lab.bench.efficiency import Efficiency
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.gallery_sound import drawn_alignments
 from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
-from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
+from ssl_lab.cli.trainer import make_trainer, quiet
 from ssl_lab.cli.tuned import tune, whole
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -166,7 +165,6 @@ class Training:
         cfg, weights = self.cfg, as_they_are if self.ema is None else self.ema.applied
         guard = Guard(lambda: checkpoint.find(self.out), skip=cfg.skip_nonfinite, say=self.say)
         alarm, every = CollapseAlarm(self.say), {name: evaluator.every for name, evaluator in self.evaluators.items()}
-        efficiency = Efficiency(compiled=cfg.compile, half=str(cfg.trainer.precision).startswith(("bf16", "16")))
         self.pictures = Pictures(
             self.out / "pictures", self._draw, self.loggers, every=cfg.picture_steps, weights=weights
         )
@@ -183,8 +181,7 @@ class Training:
             Handlers(self.signals),
             guard,
             alarm,
-            efficiency,
-            Log(self.loggers, lambda: guard.grad_norm, lambda: alarm.values, efficiency.rates),
+            Log(self.loggers, lambda: guard.grad_norm, lambda: alarm.values),
             RunEvals(every, self._evaluate, self.loggers, weights),
             self.pictures,
             saving,
@@ -246,3 +243,13 @@ class Training:
         """End with the code of the signal, which may have come to another rank; a launcher wants 0 of those."""
         self.loggers.close()
         raise Interrupted(self.signals.received or signal.SIGTERM) if self.first else SystemExit(0)
+
+
+class Handlers(L.Callback):
+    """Takes the signals back from Lightning, which sets handlers of its own when training starts."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.install()

@@ -38,7 +38,7 @@ class Log(L.Callback):
     train/* are the values of that step, not means since the row before, so that a resumed run repeats them. opt/lr and
     opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/samples_per_s
     and, for text, time/tokens_per_s leave out evaluations, pictures and checkpoints; time/data_wait is the share of the
-    time spent waiting for data. `more` gives further numbers, `rates` some that follow from the seconds of a step.
+    time spent waiting for data.
     """
 
     def __init__(
@@ -46,9 +46,8 @@ class Log(L.Callback):
         loggers: Loggers,
         grad_norm: Callable[[], Tensor | None] = lambda: None,
         more: Callable[[], Mapping[str, float]] = dict,
-        rates: Callable[[float], Mapping[str, float]] = lambda seconds: {},
     ) -> None:
-        self._loggers, self._grad_norm, self._more, self._rates = loggers, grad_norm, more, rates
+        self._loggers, self._grad_norm, self._more = loggers, grad_norm, more
         self._busy, self._wait, self._steps, self._start, self._tokens = 0.0, 0.0, 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,7 +84,6 @@ class Log(L.Callback):
         if self._tokens:
             row["time/tokens_per_s"] = self._tokens * trainer.world_size / seconds
         row["time/data_wait"] = waited / seconds
-        row |= self._rates(seconds / self._steps)
         row["memory/peak_gb"] = peak_memory(pl_module.device) / 1e9
         return row
 
