@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU learn what one process learns from the joined batch, and end together."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -43,6 +44,10 @@ def test_training_on_two_ranks_equals_one(tmp_path):
     for left, right in zip(rows(one), rows(two), strict=True):
         assert left["step"] == right["step"]
         assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), abs=1e-5)
+    with open(two / "metrics.csv", newline="") as file:
+        shares = [float(row["time/communication"]) for row in csv.DictReader(file) if row["time/communication"]]
+    assert shares and all(0 <= share <= 1 for share in shares) and any(shares)
+    assert "time/communication" not in (one / "metrics.csv").read_text()
     assert facts(find(two))["world_size"] == 2 and facts(find(two))["samples_per_step"] == 8
     text = finished([*words, f"out={two}", "data.batch_size=4"], code=2)
     assert "samples per step" in text

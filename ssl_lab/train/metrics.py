@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ssl_lab.train.loggers import Loggers
 from ssl_lab.types import Batch
@@ -38,7 +39,8 @@ class Log(L.Callback):
     train/* are the values of that step, not means since the row before, so that a resumed run repeats them. opt/lr and
     opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/samples_per_s
     and, for text, time/tokens_per_s leave out evaluations, pictures and checkpoints; time/data_wait is the share of the
-    time spent waiting for data.
+    time spent waiting for data, time/communication, under DDP, that spent waiting for gradients after the backward
+    pass, by torch's own clock: a mean over the steps that it samples.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Log(L.Callback):
         if self._tokens:
             row["time/tokens_per_s"] = self._tokens * trainer.world_size / seconds
         row["time/data_wait"] = waited / seconds
+        if (sent := _exposed(trainer.strategy)) is not None:
+            row["time/communication"] = min(1.0, sent * self._steps / seconds)
         row["memory/peak_gb"] = peak_memory(pl_module.device) / 1e9
         return row
 
@@ -94,6 +98,16 @@ class Log(L.Callback):
 def _waited(trainer: L.Trainer) -> float:
     profiler = getattr(trainer, "profiler", None)
     return profiler.seconds if isinstance(profiler, DataWait) else 0.0
+
+
+def _exposed(strategy: Any) -> float | None:
+    """Seconds a step in which gradients travel and nothing else is done; None where DDP is not, or has not measured."""
+    model = getattr(strategy, "model", None)
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    facts = model._get_ddp_logging_data()
+    sent, hidden = (facts.get(f"avg_backward_{name}") for name in ("comm_time", "compute_comm_overlap_time"))
+    return None if sent is None or hidden is None else max(0, sent - hidden) / 1e9
 
 
 def peak_memory(device: torch.device) -> int:
