@@ -26,22 +26,29 @@ def batch_of(training: Training, rows: int | None = None) -> Batch:
 
     The first one; where batches differ in size, as those of sound and sentences do, one of middling size.
     """
-    batches = batches_of(training, rows)
-    return batches[len(batches) // 2]
+    drawn = _drawn(training, rows)
+    return _ready(training, drawn[len(drawn) // 2 if len(drawn) > 2 else 0])
 
 
-def batches_of(training: Training, rows: int | None = None) -> list[Batch]:
+def batches_of(training: Training) -> list[Batch]:
     """The first batch of training data as `batch_of` gives it, or, where batches differ in size, several by size."""
-    data, device = training.data, training.trainer.strategy.root_device
+    return [_ready(training, batch) for batch in _drawn(training)]
+
+
+def _ready(training: Training, batch: Batch) -> Batch:
+    device = torch.device(training.trainer.strategy.root_device)
+    return training.data.on_after_batch_transfer(moved(batch, device), 0)
+
+
+def _drawn(training: Training, rows: int | None = None) -> list[Batch]:
+    """As the loader gives them: one, or several by size."""
+    data = training.data
     usual, data.batch_size = data.batch_size, rows or data.batch_size
     try:
         batches = iter(data.train_dataloader())
         drawn = [next(batches), next(batches)]
         if tensor_bytes(drawn[0]) == tensor_bytes(drawn[1]):
-            del drawn[1]
-        else:
-            drawn += itertools.islice(batches, _DRAWN - 2)
-            drawn.sort(key=tensor_bytes)
-        return [data.on_after_batch_transfer(moved(batch, torch.device(device)), 0) for batch in drawn]
+            return drawn[:1]
+        return sorted([*drawn, *itertools.islice(batches, _DRAWN - 2)], key=tensor_bytes)
     finally:
         data.batch_size = usual
