@@ -1,20 +1,39 @@
 """Cross-rank operations. On one process each is the identity, so the same line serves a laptop and a cluster."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Something that this process does by itself: there is one rank, and the others are not waited for."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def rank() -> int:
     """Index of this process, 0 on one process."""
-    return td.get_rank() if td.is_available() and td.is_initialized() else 0
+    return td.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
     """Number of processes, 1 on one process."""
-    return td.get_world_size() if td.is_available() and td.is_initialized() else 1
+    return td.get_world_size() if _joined() else 1
+
+
+def _joined() -> bool:
+    return td.is_available() and td.is_initialized() and not _ALONE.get()
 
 
 def local(x: Tensor) -> Tensor:

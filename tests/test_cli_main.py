@@ -101,6 +101,13 @@ def test_experiment_beats_root_and_command_line_beats_experiment(tmp_path, capsy
     assert cfg["method"]["encoder"]["block"]["kernel"] == "eager"
 
 
+def test_settings_of_evaluators_that_are_not_chosen_are_left_out(capsys):
+    words = ["experiment=igpt_cifar10", "data.path=there"]  # sets eval.knn.limit and eval.linear.limit
+    assert printed_config(capsys, *words)["eval"]["knn"]["limit"] == 10000
+    assert printed_config(capsys, *words, "eval=[]")["eval"] == {}
+    assert list(printed_config(capsys, *words, "eval=[linear]")["eval"]) == ["linear"]
+
+
 def test_constructor_argument_that_no_yaml_names_needs_no_plus(capsys):
     cfg = printed_config(capsys, "method=mae", "method.encoder.num_registers=4", "trainer.gradient_clip_val=1.0")
     assert cfg["method"]["encoder"]["num_registers"] == 4

@@ -138,6 +138,7 @@ def _experiment(tmp_path, text):
         ("optim: {lr: fast}\n", ["optim.lr=fast", "a number"]),
         ("  - override /data: cifra\n", ["data=cifra", "cifar10"]),
         ("method: {encoder: {image_size: '${data.sise}'}}\n", ["method.encoder.image_size", "data.sise"]),
+        ("eval: {knnn: {k: 3}}\n", ["eval.knnn", "knn"]),
         ("method: {_target_: ssl_lab.methods.mae.MEA}\n", ["method._target_", "ssl_lab.methods.mae.MEA"]),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_lab.bench.flops import count
+from ssl_lab.bench.flops import DRAWS, count
 from ssl_lab.bench.step import TrainStep
 from ssl_lab.bench.timing import timed
 from ssl_lab.nn.attention import Attention
@@ -39,7 +39,7 @@ class Probe:
 
 def probe(step: TrainStep, network: nn.Module, batch_size: int, inputs: int, *, rounds: int) -> Probe:
     """Count one forward and backward of `step`, then time `rounds` whole steps (0 = none)."""
-    flops = count(step.forward_backward, network)
+    flops = count(step.forward_backward, network, draws=DRAWS)
     step.optimizer.zero_grad(set_to_none=True)
     saved = saved_bytes(step.forward_backward, network)
     step.optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ssl_lab.bench import machine
-from ssl_lab.bench.flops import count
+from ssl_lab.bench.flops import DRAWS, count
 from ssl_lab.bench.loop import Clock, data_wait
 from ssl_lab.bench.peers import SHIPPED, STRENGTHENED, Variant, missing, peer_step
 from ssl_lab.bench.report import Report, Row
@@ -68,7 +68,7 @@ class Work:
     def flops(self) -> int:
         """FLOPs of our step, counted on the network as it is before compilation."""
         step = method_step(self.method, self.batch, device=self.device, precision=self.precision)
-        flops = count(step.forward_backward, self.method)
+        flops = count(step.forward_backward, self.method, draws=DRAWS)
         self.method.zero_grad(set_to_none=True)
         return flops
 

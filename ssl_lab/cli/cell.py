@@ -10,7 +10,7 @@ import torch.distributed as td
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ssl_lab.bench.flops import count
+from ssl_lab.bench.flops import DRAWS, count
 from ssl_lab.bench.step import method_step
 from ssl_lab.cli.compose import perform
 from ssl_lab.cli.main import performed
@@ -55,7 +55,7 @@ def facts(cfg: DictConfig) -> dict[str, Any]:
         method.configure_model()
         device = training.trainer.strategy.root_device
         step = method_step(method, batch, device=device, precision=cfg.trainer.precision)
-        flops = count(step.forward_backward, method) / _ROWS
+        flops = count(step.forward_backward, method, draws=DRAWS) / _ROWS
     text = "tokens" in batch and "image" not in batch
     samples = int(saved["step"]) * int(saved["samples_per_step"])
     inside = {p for block in method.modules() if isinstance(block, Block) for p in block.parameters()}

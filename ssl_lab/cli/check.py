@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -32,6 +33,16 @@ def check_root(cfg: DictConfig, root: Root) -> None:
     for group, default in root.groups.items():
         if default == "???" and group not in cfg:
             raise UserError(f"{group} is missing: choose one with {group}=NAME")
+
+
+def drop_unchosen(cfg: DictConfig, folders: list[Path]) -> None:
+    """Take out what an experiment sets of evaluators and loggers that are not chosen, as with `eval=[]`."""
+    for group in (name for name in ("eval", "logger") if name in cfg):
+        for name in [name for name, node in cfg[group].items() if "_target_" not in node]:
+            if name not in (known := catalog.choices(group, folders)):
+                raise UserError(f"{group}.{name} is set, but nothing is called so; {did_you_mean(str(name), known)}")
+            with open_dict(cfg):
+                del cfg[group][name]
 
 
 def check_values(cfg: DictConfig, root: Root) -> None:

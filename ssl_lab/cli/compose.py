@@ -68,7 +68,7 @@ def assemble(verb: str, words: list[str], folders: list[Path], swept: dict[str, 
     try:
         with open_dict(cfg):
             del cfg["hydra"]
-        return finish(verb, cfg, swept or {})
+        return finish(verb, cfg, folders, swept or {})
     finally:
         HydraConfig.instance().cfg = None
 
@@ -92,7 +92,7 @@ def search_path(folders: list[Path]) -> list[str]:
     return [f"hydra.searchpath=[{','.join(repr(f'file://{folder}') for folder in folders[1:])}]"]
 
 
-def finish(verb: str, cfg: DictConfig, swept: dict[str, str]) -> DictConfig:
+def finish(verb: str, cfg: DictConfig, folders: list[Path], swept: dict[str, str]) -> DictConfig:
     """Check and resolve a composed configuration in place; `hydra:` interpolations must be live.
 
     The values of `swept` tell the runs of a sweep apart: they are added to `name`.
@@ -100,6 +100,8 @@ def finish(verb: str, cfg: DictConfig, swept: dict[str, str]) -> DictConfig:
     root = catalog.root(verb)
     if verb == "evaluate":
         saved.lend(cfg)
+    else:  # which merges settings with those of the run
+        check.drop_unchosen(cfg, folders)
     check.check_root(cfg, root)
     if absent := check.missing(cfg):
         told = f" ({comment})" if (comment := root.comments.get(absent[0])) else ""

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.backbones.vit import ViT
+from ssl_lab.bench.efficiency import Efficiency
 from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.gallery_sound import drawn_alignments
 from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
-from ssl_lab.cli.trainer import make_trainer, quiet
+from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
 from ssl_lab.cli.tuned import tune, whole
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -176,12 +177,14 @@ class Training:
             before=self.loggers.save,
             extra={"config": self.config},
         )
+        efficiency = Efficiency()
         callbacks: list[L.Callback] = [] if self.ema is None else [self.ema]
         callbacks += [
             Handlers(self.signals),
             guard,
             alarm,
-            Log(self.loggers, lambda: guard.grad_norm, lambda: alarm.values),
+            efficiency,  # before the log's clock starts
+            Log(self.loggers, lambda: guard.grad_norm, lambda: alarm.values, efficiency.rates),
             RunEvals(every, self._evaluate, self.loggers, weights),
             self.pictures,
             saving,
@@ -243,13 +246,3 @@ class Training:
         """End with the code of the signal, which may have come to another rank; a launcher wants 0 of those."""
         self.loggers.close()
         raise Interrupted(self.signals.received or signal.SIGTERM) if self.first else SystemExit(0)
-
-
-class Handlers(L.Callback):
-    """Takes the signals back from Lightning, which sets handlers of its own when training starts."""
-
-    def __init__(self, signals: Signals) -> None:
-        self._signals = signals
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._signals.install()

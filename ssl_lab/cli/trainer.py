@@ -18,6 +18,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.train.base import Base
 from ssl_lab.train.checkpoint import CheckpointFiles
 from ssl_lab.train.metrics import DataWait
+from ssl_lab.train.signals import Signals
 
 _NOISE = (  # advice that does not apply here
     ".*broadcast_buffers.*is deprecated.*",  # its successor is younger than the oldest PyTorch that is supported
@@ -97,3 +98,13 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+class Handlers(L.Callback):
+    """Takes the signals back from Lightning, which sets handlers of its own when training starts."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.install()

@@ -40,7 +40,8 @@ class Log(L.Callback):
     opt/weight_decay are the largest of the parameter groups, opt/grad_norm comes before clipping. time/samples_per_s
     and, for text, time/tokens_per_s leave out evaluations, pictures and checkpoints; time/data_wait is the share of the
     time spent waiting for data, time/communication, under DDP, that spent waiting for gradients after the backward
-    pass, by torch's own clock: a mean over the steps that it samples.
+    pass, by torch's own clock: a mean over the steps that it samples. `more` gives further numbers, `rates` those that
+    follow from the samples per second of one device.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Log(L.Callback):
         loggers: Loggers,
         grad_norm: Callable[[], Tensor | None] = lambda: None,
         more: Callable[[], Mapping[str, float]] = dict,
+        rates: Callable[[float], Mapping[str, float]] = lambda samples_per_s: {},
     ) -> None:
-        self._loggers, self._grad_norm, self._more = loggers, grad_norm, more
+        self._loggers, self._grad_norm, self._more, self._rates = loggers, grad_norm, more, rates
         self._busy, self._wait, self._steps, self._start, self._tokens = 0.0, 0.0, 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,10 +84,11 @@ class Log(L.Callback):
             row["opt/grad_norm"] = float(norm)
         waited = _waited(trainer) - self._wait
         seconds = max(self._busy + waited, 1e-9)
-        row["time/samples_per_s"] = self._steps * int(pl_module.samples_per_step) / seconds  # type: ignore[arg-type]
+        row["time/samples_per_s"] = rate = self._steps * int(pl_module.samples_per_step) / seconds  # type: ignore[arg-type]
         if self._tokens:
             row["time/tokens_per_s"] = self._tokens * trainer.world_size / seconds
         row["time/data_wait"] = waited / seconds
+        row |= self._rates(rate / trainer.world_size)
         if (sent := _exposed(trainer.strategy)) is not None:
             row["time/communication"] = min(1.0, sent * self._steps / seconds)
         row["memory/peak_gb"] = peak_memory(pl_module.device) / 1e9
