@@ -13,7 +13,11 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench import efficiency, flops
 from ssl_lab.bench.efficiency import Efficiency, peak, shadow_of
 from ssl_lab.bench.flops import count
+from ssl_lab.bench.step import method_step
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
+from ssl_lab.cli.rehearsal import batch_of, rehearsal
 from ssl_lab.methods.base import Method
 from ssl_lab.types import Step
 
@@ -93,6 +97,19 @@ def test_work_that_is_drawn_is_counted_on_average():
     calls = []
     count(lambda: calls.append(a @ a), nn.Identity(), draws=64)
     assert len(calls) == 2 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_features_that_are_kept_are_no_work(tmp_path):
+    """A run tells the work of its later passes, a bench and a plan that of the first."""
+    words = ["experiment=llava_shapes_clip", "data.train.length=64", "data.batch_size=4", "data.num_workers=0"]
+    training = rehearsal(compose("train", words, [conf_folder()]), str(tmp_path / "run"), 1)
+    method, batch = training.method, batch_of(training)
+    later = efficiency._work(method, batch, training.trainer.precision_plugin)
+    assert not method._kept and all(p.grad is None for p in method.parameters())
+    step = method_step(method, batch, device=torch.device("cpu"), precision="bf16-mixed")
+    first = count(step.forward_backward, method, draws=4)
+    vision = count(lambda: method.model.patches(batch["images"]), method)
+    assert first == later + vision and not method._kept
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STEPS = 24  # of a run; the later half is timed, when libraries have planned every shape
+STEPS = 48  # of a run; the later half is timed, when libraries have planned most of the shapes
 SHORT = [
     f"duration={STEPS}steps",
     "eval=[]",

@@ -87,8 +87,11 @@ class TrainStep:
 def method_step(method: Method, batch: Batch, *, device: torch.device, precision: str | int) -> TrainStep:
     """A step of `method` on a batch in memory, half way through training: its loss, its optimizer, all its hooks.
 
-    The images take the dtype of the weights, as Lightning's precision does it.
+    The images take the dtype of the weights, as Lightning's precision does it. Features of a frozen encoder are not
+    kept: it is a step of the first pass over the data.
     """
+    if hasattr(method, "cache_features"):
+        method.cache_features = False  # type: ignore[assignment]
     held = moved(batch, device, dtypes(precision)[0])
     step: TrainStep
 

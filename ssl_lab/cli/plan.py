@@ -170,6 +170,8 @@ def _lines(p: Plan, cfg: DictConfig) -> list[str]:
     if p.divided is not None:
         lines["fsdp2"] = f"{_size(p.divided)} a device: weights, gradients and optimizer divided over {p.devices}"
     lines["time"] = f"{_hours(p.hours)}, {p.hours * p.devices:,.3g} device hours"
+    if cfg.method.get("cache_features") and p.epochs > 1:
+        lines["step"] += "; features are kept, so after the first pass it is shorter"
     if p.cost is not None:
         lines["time"] += f", about {p.cost:,.0f} dollars"
     if p.exposed_seconds > 0:
