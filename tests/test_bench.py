@@ -10,7 +10,7 @@ from ssl_lab.bench.flops import count
 from ssl_lab.bench.harness import make, make_rotary
 from ssl_lab.bench.loop import data_wait
 from ssl_lab.bench.report import Report, Row
-from ssl_lab.bench.step import method_step
+from ssl_lab.bench.step import MethodStep
 from ssl_lab.bench.timing import Timing, interleave, matmul_peak
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE, Decoder
@@ -48,7 +48,7 @@ def block_flops(tokens, dim):
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_counted_flops_are_the_formula(kernel):
     method = supervised(kernel=kernel)
-    step = method_step(method, batch(), device=CPU, precision="32-true")
+    step = MethodStep(method, batch(), device=CPU, precision="32-true")
     patch_embed = 2 * N * 3 * PATCH**2 * DIM  # its input needs no gradient: forward and weights alone
     expected = 3 * (DEPTH * block_flops(N + 1, DIM) + 2 * DIM * CLASSES) + 2 * patch_embed
     assert count(step.forward_backward, method) == 4 * expected
@@ -59,7 +59,7 @@ def test_a_step_trains():
     torch.manual_seed(0)
     method = supervised()
     method.optim.lr = 3e-3
-    step = method_step(method, batch(), device=CPU, precision="32-true")
+    step = MethodStep(method, batch(), device=CPU, precision="32-true")
     losses = [step().item() for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
     assert step.params == sum(p.numel() for p in method.parameters())
@@ -67,7 +67,7 @@ def test_a_step_trains():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_every_precision_runs(precision):
-    step = method_step(supervised(), batch(), device=CPU, precision=precision)
+    step = MethodStep(supervised(), batch(), device=CPU, precision=precision)
     assert torch.isfinite(step())
     weights = next(step.model.parameters()).dtype
     assert weights == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
@@ -75,7 +75,7 @@ def test_every_precision_runs(precision):
 
 def test_an_unknown_precision_names_those_there_are():
     with pytest.raises(UserError, match="bf16-mixed"):
-        method_step(supervised(), batch(), device=CPU, precision="8-mixed")
+        MethodStep(supervised(), batch(), device=CPU, precision="8-mixed")
 
 
 def test_rounds_are_interleaved():
@@ -109,7 +109,7 @@ def test_data_wait_is_a_share():
 def test_peers_do_the_same_work(name, build, variant):
     pytest.importorskip(name)
     method = build()
-    ours = method_step(method, batch(), device=CPU, precision="32-true")
+    ours = MethodStep(method, batch(), device=CPU, precision="32-true")
     step = peers.peer_step(name, method, batch(), variant, device=CPU, precision="32-true")
     assert torch.isfinite(step())
     assert step.params == pytest.approx(ours.params, rel=0.05)

@@ -12,7 +12,7 @@ from ssl_lab.bench import plan
 from ssl_lab.bench.devices import ACCELERATORS, accelerator
 from ssl_lab.bench.flops import count
 from ssl_lab.bench.probe import Probe, saved_bytes, state_bytes, tensor_bytes
-from ssl_lab.bench.step import method_step
+from ssl_lab.bench.step import MethodStep
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
@@ -161,7 +161,7 @@ def test_whole_batches_of_many_lengths(tmp_path):
     sizes = [tensor_bytes(batch) for batch in batches]
     assert len(sizes) > 2 and sizes == sorted(sizes) and sizes[0] < sizes[-1]
     work = work_here(training, "32-true")
-    steps = [method_step(method, batch, device=torch.device("cpu"), precision="32-true") for batch in batches]
+    steps = [MethodStep(method, batch, device=torch.device("cpu"), precision="32-true") for batch in batches]
     counted = [count(step.forward_backward, method) for step in steps]
     assert work.flops(8) == pytest.approx(sum(counted) / len(counted), rel=1e-3)
     assert work.inputs(8) == sizes[-1] and work.large.batch_size == 8

@@ -19,7 +19,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.bench.machine import facts
-from ssl_lab.bench.step import TrainStep, method_step
+from ssl_lab.bench.step import MethodStep, TrainStep
 from ssl_lab.bench.timing import interleave
 from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.llava import LLaVA
@@ -60,7 +60,7 @@ def ours(model: VisionLanguage, images: Tensor, precision: str, *, cached: bool)
     batch = Batch(tokens=tokens, images=images, labels=labels)
     if cached:
         batch["image_ids"] = torch.arange(ROWS)
-    return method_step(method, batch, device=CPU, precision=precision)
+    return MethodStep(method, batch, device=CPU, precision=precision)
 
 
 def theirs(model: VisionLanguage, images: Tensor, precision: str) -> TrainStep:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.vit import ViT
-from ssl_lab.bench.step import TrainStep, dtypes, method_step
+from ssl_lab.bench.step import MethodStep, TrainStep, dtypes
 from ssl_lab.generation.generate import generate
 from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.base import Method
@@ -64,12 +64,12 @@ def make(
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1)
         language = CausalLM(llama(cfg, cfg["seq"]))
         language.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
-        return method_step(language, Batch(tokens=ids, labels=labels), device=device, precision=precision)
+        return MethodStep(language, Batch(tokens=ids, labels=labels), device=device, precision=precision)
     if family == "clip":
         pair = clip(cfg)
         pair.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
         batch = Batch(image=inputs["images"], tokens=inputs["text"])
-        return method_step(pair, batch, device=device, precision=precision)
+        return MethodStep(pair, batch, device=device, precision=precision)
     encoder = ViT(
         cfg["dim"],
         cfg["depth"],
@@ -83,7 +83,7 @@ def make(
         return InferStep(Supervised(encoder, cfg["classes"]), batch, device=device, precision=precision)
     method, batch = _method(family, encoder, cfg, inputs)
     method.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
-    return method_step(method, batch, device=device, precision=precision)
+    return MethodStep(method, batch, device=device, precision=precision)
 
 
 def make_rotary(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> TrainStep | None:
@@ -128,7 +128,7 @@ def _conformer(cfg: Mapping[str, Any], x: Tensor, positions: Literal["relative",
     method = _MeanSquare(encoder)
     method.optim = Optim(lr=cfg["lr"], weight_decay=0.05)
     precision = "bf16-mixed" if cfg["precision"] == "bf16" else "32-true"
-    return method_step(method, Batch(image=x), device=torch.device(cfg["device"]), precision=precision)
+    return MethodStep(method, Batch(image=x), device=torch.device(cfg["device"]), precision=precision)
 
 
 class _MeanSquare(Method):

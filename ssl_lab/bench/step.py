@@ -84,32 +84,44 @@ class TrainStep:
         return loss.detach()
 
 
-def method_step(method: Method, batch: Batch, *, device: torch.device, precision: str | int) -> TrainStep:
+class MethodStep(TrainStep):
     """A step of `method` on a batch in memory, half way through training: its loss, its optimizer, all its hooks.
 
-    The images take the dtype of the weights, as Lightning's precision does it. Features of a frozen encoder are not
-    kept: it is a step of the first pass over the data.
+    The images take the dtype of the weights, as Lightning's precision does it. Features of a frozen encoder that
+    are kept are forgotten: it is a step of the first pass over the data.
+
+    Args:
+        method: moved to the device and the weights' dtype in place.
+        batch: of the first step, see `feed`.
+        device: where steps are made.
+        precision: as `trainer.precision`.
     """
-    if hasattr(method, "cache_features"):
-        method.cache_features = False  # type: ignore[assignment]
-    held = moved(batch, device, dtypes(precision)[0])
-    step: TrainStep
 
-    def after() -> None:
-        method.optim.update(step.optimizer, 0.5)
-        method.after_step(0.5)
+    def __init__(self, method: Method, batch: Batch, *, device: torch.device, precision: str | int) -> None:
+        forget: Callable[[], None] = getattr(method, "forget_images", lambda: None)
 
-    def loss() -> Tensor:
-        return method.step(held, 0.5).loss
+        def loss() -> Tensor:
+            forget()
+            return method.step(self._batch, 0.5).loss
 
-    step = TrainStep(
-        method,
-        loss,
-        method.configure_optimizers,
-        device=device,
-        precision=precision,
-        before=lambda: method.after_backward(0.5),
-        after=after,
-    )
-    after()
-    return step
+        def after() -> None:
+            method.optim.update(self.optimizer, 0.5)
+            method.after_step(0.5)
+            forget()  # before another batch is read, which would leave out what is known
+
+        super().__init__(
+            method,
+            loss,
+            method.configure_optimizers,
+            device=device,
+            precision=precision,
+            before=lambda: method.after_backward(0.5),
+            after=after,
+        )
+        self._dtype = dtypes(precision)[0]
+        self.feed(batch)
+        after()
+
+    def feed(self, batch: Batch) -> None:
+        """Take `batch` in the steps to come."""
+        self._batch = moved(batch, self.device, self._dtype)

@@ -16,7 +16,7 @@ from ssl_lab.bench.flops import DRAWS, count
 from ssl_lab.bench.loop import Clock, data_wait
 from ssl_lab.bench.peers import SHIPPED, STRENGTHENED, Variant, missing, peer_step
 from ssl_lab.bench.report import Report, Row
-from ssl_lab.bench.step import TrainStep, compute_dtype, method_step
+from ssl_lab.bench.step import MethodStep, TrainStep, compute_dtype
 from ssl_lab.bench.timing import Timing, interleave, matmul_peak
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
 from ssl_lab.cli.trainer import quiet
@@ -67,7 +67,7 @@ class Work:
 
     def flops(self) -> int:
         """FLOPs of our step, counted on the network as it is before compilation."""
-        step = method_step(self.method, self.batch, device=self.device, precision=self.precision)
+        step = MethodStep(self.method, self.batch, device=self.device, precision=self.precision)
         flops = count(step.forward_backward, self.method, draws=DRAWS)
         self.method.zero_grad(set_to_none=True)
         return flops
@@ -82,7 +82,7 @@ class Work:
 
     def _ours(self) -> TrainStep:
         self.method.configure_model()  # compilation and checkpointing as the experiment says
-        return method_step(self.method, self.batch, device=self.device, precision=self.precision)
+        return MethodStep(self.method, self.batch, device=self.device, precision=self.precision)
 
     def _peer(self, peer: str, variant: Variant) -> TrainStep:
         torch.manual_seed(self.cfg.seed)

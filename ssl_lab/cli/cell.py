@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ssl_lab.bench.flops import DRAWS, count
-from ssl_lab.bench.step import method_step
+from ssl_lab.bench.step import MethodStep
 from ssl_lab.cli.compose import perform
 from ssl_lab.cli.main import performed
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
@@ -54,7 +54,7 @@ def facts(cfg: DictConfig) -> dict[str, Any]:
         method, batch = training.method, batch_of(training, _ROWS)
         method.configure_model()
         device = training.trainer.strategy.root_device
-        step = method_step(method, batch, device=device, precision=cfg.trainer.precision)
+        step = MethodStep(method, batch, device=device, precision=cfg.trainer.precision)
         flops = count(step.forward_backward, method, draws=DRAWS) / _ROWS
     text = "tokens" in batch and "image" not in batch
     samples = int(saved["step"]) * int(saved["samples_per_step"])

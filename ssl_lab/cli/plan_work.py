@@ -1,27 +1,32 @@
 """The work of an experiment's step, as a plan needs it: batches put through the real network, counted and timed."""
 
+import statistics
 from dataclasses import replace
 
 from ssl_lab.bench import plan
 from ssl_lab.bench.machine import memory_of, resident
 from ssl_lab.bench.probe import Probe, free, fused_attention, probe, state_bytes, tensor_bytes
-from ssl_lab.bench.step import method_step
-from ssl_lab.cli.rehearsal import batch_of, batches_of
+from ssl_lab.bench.step import MethodStep
+from ssl_lab.bench.timing import timed
+from ssl_lab.cli.rehearsal import batch_of, batches_of, fresh
 from ssl_lab.cli.train import Training
 from ssl_lab.train.metrics import peak_memory
 
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
 _ROUNDS = 4  # timed steps of each probe, after one that is not
+_WALK, _PATIENCE = 16, 30.0  # steps through fresh batches, and the seconds after which they are enough
 
 
 def work_here(training: Training, precision: str | int) -> plan.Work:
     """Of two small batches on the run's own device, timed; and of whole ones, if they leave half of its memory."""
     data, device = training.data, training.trainer.strategy.root_device
     work = _work(training, precision, _sizes(data.batch_size))
+    peak = peak_memory(device)
     if plan.memory(work, data.batch_size).total < memory_of(device) / 2:
-        work = replace(work, large=_whole(training, precision))
-    # libraries that the first step loads, and what lives for a moment within it
-    beyond = peak_memory(device) - plan.memory(replace(work, process=0), work.large.batch_size).total
+        large, peak = _whole(training, precision)
+        work = replace(work, large=large)
+    # libraries that the first step loads, what lives for a moment within it, and gaps between what lives longer
+    beyond = peak - plan.memory(replace(work, process=0), work.large.batch_size).total
     return replace(work, process=max(work.process, int(beyond)))
 
 
@@ -39,7 +44,7 @@ def _work(training: Training, precision: str | int, sizes: list[int], rounds: in
     state, probes = 0, list[Probe]()
     for rows in sizes:
         held_batch = batch_of(training, rows)
-        step = method_step(method, held_batch, device=device, precision=precision)
+        step = MethodStep(method, held_batch, device=device, precision=precision)
         probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=rounds))
         if not rounds:
             step()
@@ -50,31 +55,54 @@ def _work(training: Training, precision: str | int, sizes: list[int], rounds: in
     return plan.Work(params, trained, held, state, int(before), small=probes[0], large=probes[-1])
 
 
-def _whole(training: Training, precision: str | int) -> Probe:
-    """Of whole batches. Where these differ in size: FLOPs and seconds on average, bytes of the largest.
+def _whole(training: Training, precision: str | int) -> tuple[Probe, int]:
+    """Of whole batches, and the bytes that the process held at most while it went through fresh ones.
 
-    Each size is put through the network, so that the process then holds what its libraries keep for every one of them.
+    Where batches differ in size: FLOPs and seconds on average, bytes of the largest.
     """
     method, device = training.method, training.trainer.strategy.root_device
     batch = training.data.batch_size
+    seconds, peak = _walk(training, precision)
     found: dict[int, Probe] = {}
     probes, batches = [], batches_of(training)
-    rounds = _ROUNDS if len(batches) == 1 else 1
     for held_batch in batches:
         size = tensor_bytes(held_batch)
         if size not in found:
-            step = method_step(method, held_batch, device=device, precision=precision)
-            found[size] = probe(step, method, batch, size, rounds=rounds)
+            step = MethodStep(method, held_batch, device=device, precision=precision)
+            found[size] = probe(step, method, batch, size, rounds=0 if len(batches) == 1 else 1)
             del step
             free()
         probes.append(found[size])
-    return Probe(
+    if len(batches) > 1:
+        seconds = sum(p.seconds or 0.0 for p in probes) / len(probes)
+    whole = Probe(
         batch,
         flops=sum(p.flops for p in probes) // len(probes),
         saved=max(p.saved for p in probes),
         inputs=max(p.inputs for p in probes),
-        seconds=sum(p.seconds or 0.0 for p in probes) / len(probes),
+        seconds=seconds,
     )
+    return whole, peak
+
+
+def _walk(training: Training, precision: str | int) -> tuple[float, int]:
+    """Median seconds of the first steps of a run but the first, and the process's most bytes by then.
+
+    Each has a batch of its own: what these leave behind in the allocator makes a process grow for a while.
+    """
+    device = training.trainer.strategy.root_device
+    step: MethodStep | None = None
+    seconds: list[float] = []
+    for batch in fresh(training, _WALK):
+        if step is None:
+            step = MethodStep(training.method, batch, device=device, precision=precision)
+        step.feed(batch)
+        seconds.append(timed(step, device))
+        if len(seconds) > _ROUNDS and sum(seconds) > _PATIENCE:
+            break
+    del step
+    free()
+    return statistics.median(seconds[1:]), peak_memory(device)
 
 
 def _sizes(batch: int) -> list[int]:

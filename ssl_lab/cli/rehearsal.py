@@ -1,6 +1,7 @@
 """The parts of an experiment as `train` builds them, for verbs that try a few steps and keep nothing."""
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +34,12 @@ def batch_of(training: Training, rows: int | None = None) -> Batch:
 def batches_of(training: Training) -> list[Batch]:
     """The first batch of training data as `batch_of` gives it, or, where batches differ in size, several by size."""
     return [_ready(training, batch) for batch in _drawn(training)]
+
+
+def fresh(training: Training, count: int) -> Iterator[Batch]:
+    """`count` batches one after another as a run reads them, each made when the one before is done with."""
+    for batch in itertools.islice(training.data.train_dataloader(), count):
+        yield _ready(training, batch)
 
 
 def _ready(training: Training, batch: Batch) -> Batch:

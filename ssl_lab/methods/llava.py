@@ -66,6 +66,7 @@ class LLaVA(Method):
         self.model, self.stage, self.cache_features = model, stage, cache_features
         self._kept: dict[int, Tensor] = {}
         self._known: Tensor | None = None
+        self._told = False
         if weights is not None:
             load(model, weights)
         model.freeze(*(part for part in PARTS if part not in learns))
@@ -97,6 +98,12 @@ class LLaVA(Method):
         self._known = torch.zeros(count, dtype=torch.bool).share_memory_()
         return self._known
 
+    def forget_images(self) -> None:
+        """Features that are kept are kept no longer: the next images are those of a first pass."""
+        self._kept.clear()
+        if self._known is not None:
+            self._known.zero_()
+
     @torch.no_grad()
     def _patches(self, batch: Batch) -> Tensor | None:
         """(N, P, Dv) of the images, None of none. Each goes through the encoder alone, so that no batch matters."""
@@ -114,7 +121,8 @@ class LLaVA(Method):
                 self._kept[number] = self.model.patches(image[None])[0]
                 if self._known is not None:
                     self._known[number] = True
-                if len(self._kept) == 1:
+                if not self._told:
+                    self._told = True
                     size = self._kept[number].numel() * self._kept[number].element_size() / 1024
                     log.warning("features of the frozen image encoder are kept in memory, %.0f KiB an image", size)
         return torch.stack([self._kept[number] for number in numbers])
