@@ -14,7 +14,7 @@ from ssl_lab.train.metrics import peak_memory
 
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
 _ROUNDS = 4  # timed steps of each probe, after one that is not
-_WALK, _PATIENCE = 16, 30.0  # steps through fresh batches, and the seconds after which they are enough
+_WALK, _PATIENCE = 48, 30.0  # steps through fresh batches, and the seconds after which they are enough
 
 
 def work_here(training: Training, precision: str | int) -> plan.Work:
