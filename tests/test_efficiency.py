@@ -46,9 +46,9 @@ def test_the_work_of_a_step_is_that_of_bench(tmp_path, more):
         assert 0 < float(row["time/mfu"]) < 1
 
 
-@pytest.mark.parametrize("method", ["mae", "moco", "dinov2"])
+@pytest.mark.parametrize("method", ["mae", "moco", "dinov2", "supervised"])
 def test_counting_changes_no_bit(tmp_path, monkeypatch, method):
-    """Queues, teachers and running means are the shadow's own."""
+    """Queues, teachers, running means and the batch, which Mixup writes into, are the shadow's own."""
     words = [*TINY[1:], f"method={method}"] if method != "mae" else TINY
     words = [word for word in words if method == "mae" or "decoder" not in word]
     assert main([*words, *SHORT, f"out={tmp_path / 'counted'}"]) == 0

@@ -66,8 +66,8 @@ def _work(method: Method, batch: Batch, precision: Any) -> int:
     shadow = shadow_of(method)
 
     def call() -> None:
-        with precision.train_step_context():
-            loss = shadow.step(precision.convert_input(batch), 0.5).loss
+        with precision.train_step_context():  # a step may write into its batch, as Mixup does
+            loss = shadow.step(precision.convert_input(copy.deepcopy(batch)), 0.5).loss
         loss.backward()
 
     with dist.alone():
