@@ -69,12 +69,10 @@ def _whole(training: Training, precision: str | int) -> tuple[Probe, int]:
         size = tensor_bytes(held_batch)
         if size not in found:
             step = MethodStep(method, held_batch, device=device, precision=precision)
-            found[size] = probe(step, method, batch, size, rounds=0 if len(batches) == 1 else 1)
+            found[size] = probe(step, method, batch, size, rounds=0)
             del step
             free()
         probes.append(found[size])
-    if len(batches) > 1:
-        seconds = sum(p.seconds or 0.0 for p in probes) / len(probes)
     whole = Probe(
         batch,
         flops=sum(p.flops for p in probes) // len(probes),
@@ -86,23 +84,27 @@ def _whole(training: Training, precision: str | int) -> tuple[Probe, int]:
 
 
 def _walk(training: Training, precision: str | int) -> tuple[float, int]:
-    """Median seconds of the first steps of a run but the first, and the process's most bytes by then.
+    """Seconds of the first steps of a run but the very first, and the process's most bytes by then.
 
-    Each has a batch of its own: what these leave behind in the allocator makes a process grow for a while.
+    Seconds are the median, or the mean where batches differ in size. Each step has a batch of its own: what these leave
+    behind in the allocator makes a process grow for a while, and a step is slower than one that is repeated.
     """
     device = training.trainer.strategy.root_device
     step: MethodStep | None = None
     seconds: list[float] = []
+    sizes = set()
     for batch in fresh(training, _WALK):
         if step is None:
             step = MethodStep(training.method, batch, device=device, precision=precision)
         step.feed(batch)
+        sizes.add(tensor_bytes(batch))
         seconds.append(timed(step, device))
         if len(seconds) > _ROUNDS and sum(seconds) > _PATIENCE:
             break
     del step
     free()
-    return statistics.median(seconds[1:]), peak_memory(device)
+    typical = statistics.median if len(sizes) == 1 else statistics.fmean
+    return typical(seconds[1:]), peak_memory(device)
 
 
 def _sizes(batch: int) -> list[int]:
