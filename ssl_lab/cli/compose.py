@@ -98,9 +98,9 @@ def finish(verb: str, cfg: DictConfig, folders: list[Path], swept: dict[str, str
     The values of `swept` tell the runs of a sweep apart: they are added to `name`.
     """
     root = catalog.root(verb)
-    if verb == "evaluate":
+    if verb == "evaluate":  # settings without a choice are for the evaluators of its run
         saved.lend(cfg)
-    else:  # which merges settings with those of the run
+    else:
         check.drop_unchosen(cfg, folders)
     check.check_root(cfg, root)
     if absent := check.missing(cfg):
