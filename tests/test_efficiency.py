@@ -18,7 +18,9 @@ from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
+from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.attention import Attention
 from ssl_lab.types import Step
 
 SHORT = ["duration=4steps", "eval=[]", "baselines=false", "trainer.enable_progress_bar=false"]
@@ -80,12 +82,22 @@ def test_a_shadow_shares_weights_and_nothing_else():
 
 
 def test_attention_has_the_same_work_by_any_kernel(monkeypatch):
-    """The counter is made to take the kernels that accelerators take."""
+    """Also on accelerators, whose own choices the counter may not see."""
     vit, image = ViT(dim=32, depth=1, num_heads=4, patch_size=4, image_size=32), torch.randn(2, 3, 32, 32)
-    written_out = count(lambda: vit(image).tokens.sum().backward(), vit)
+    attention = next(m for m in vit.modules() if isinstance(m, Attention))
+    used = []
+
+    def work(kernel):
+        attention.kernel = kernel
+        flops = count(lambda: (used.append(attention.kernel), vit(image).tokens.sum().backward()), vit)
+        assert attention.kernel == kernel
+        return flops
+
     assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward in flops._known()
+    assert len({work(kernel) for kernel in ("eager", "sdpa", "auto", "flash", "flex")}) == 1
+    assert used == ["eager", "sdpa", "auto", "sdpa", "sdpa"]
     monkeypatch.setattr(nn.Module, "parameters", lambda self: iter([torch.empty(1, device="meta")]))
-    assert count(lambda: vit(image).tokens.sum().backward(), vit) == written_out
+    assert work("auto") == work("eager") and used[-2:] == ["sdpa", "eager"]
 
 
 def test_work_that_is_drawn_is_counted_on_average():
@@ -130,13 +142,46 @@ def test_a_listed_card_is_known_by_its_name(monkeypatch, name, found):
         assert peak.__wrapped__(torch.device("cuda"), dtype) == (peaked or 1.0)
 
 
-def test_no_memory_for_a_shadow_is_no_end_of_a_run(tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("full")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), TypeError("cannot pickle a socket\nand more"), UserError("a bad batch")]
+)
+def test_a_count_that_fails_is_no_end_of_a_run(tmp_path, monkeypatch, caplog, error):
+    """What the user did wrong is told by the step itself, and once."""
 
-    monkeypatch.setattr(efficiency, "count", full)
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(efficiency, "count", fails)
     assert main([*TINY, *SHORT, f"out={tmp_path}"]) == 0
     assert "time/mfu" not in rows(tmp_path)[0]
+    told = [r.getMessage() for r in caplog.records if "counted" in r.getMessage()]
+    assert len(told) == (not isinstance(error, UserError))
+    assert all(str(error).splitlines()[0] in line and "\n" not in line for line in told)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])
+def test_a_checkpointed_network_is_counted_in_the_memory_of_its_steps(kernel):
+    """As much work as without, and no more kept than by a step: its blocks stay checkpointed."""
+    vit = ViT(dim=32, depth=6, num_heads=4, patch_size=4, image_size=64)
+    image = torch.randn(2, 3, 64, 64)
+    peaks, kept = {}, []
+
+    def call():
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = vit(image).tokens.sum()
+        peaks[vit.blocks[0].checkpointing] = sum(kept)
+        loss.backward()
+
+    for module in vit.modules():
+        if isinstance(module, Attention):
+            module.kernel = kernel
+    plain = count(call, vit)
+    for block in vit.blocks:
+        block.checkpointing = True
+    assert count(call, vit) == plain == count(call, vit)
+    assert peaks[True] < peaks[False] / 4
+    assert not any(r._forward_hooks or r._forward_pre_hooks for block in vit.blocks for r in block.values())
 
 
 def test_two_ranks_count_by_themselves(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,13 +20,15 @@ from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.types import Batch
 
+log = logging.getLogger(__name__)
+
 
 class Efficiency(L.Callback):
     """Counts the work of the run's first batch on a shadow of the method, so that no bit of the run changes.
 
     The shadow shares the weights and has gradients and buffers of its own; it goes forward and backward once, by
-    itself, blocks neither compiled nor checkpointed. Later batches are taken to have the same work a sample. Weights
-    that are divided among ranks have no shadow, and where memory does not suffice for one nothing is told.
+    itself, blocks not compiled. Later batches are taken to have the same work a sample. Weights that are divided among
+    ranks have no shadow; where one cannot be made, or memory does not suffice for it, nothing is told.
     """
 
     def __init__(self) -> None:
@@ -44,8 +47,13 @@ class Efficiency(L.Callback):
         if any(hasattr(p, "to_local") for p in pl_module.parameters()):
             return
         rows = pl_module.samples_per_step / trainer.accumulate_grad_batches / trainer.world_size
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             self._flops = _work(pl_module, batch, trainer.precision_plugin) / rows
+        except UserError:  # of data or settings: the step itself will say it
+            return
+        except Exception as error:  # of whatever kind: a figure beside the run must not end it
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            log.warning(f"the work of a step could not be counted, so the log has no time/mfu: {why}")
         with contextlib.suppress(UserError):  # a precision without a peak
             self._peak = peak(pl_module.device, compute_dtype(trainer.precision))
         if pl_module.device.type == "cuda":

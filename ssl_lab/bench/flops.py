@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block
+from ssl_lab.nn.recompute import recomputing
 
 DRAWS = 16  # of a step whose work is drawn; see `count`
 
@@ -23,18 +24,22 @@ def count(call: Callable[[], object], network: nn.Module, *, draws: int = 1) -> 
     its own; where the first two agree there are no more.
 
     It is the work of the definition: attention has two products forward and four backward, whatever a kernel computes
-    again, and blocks are without checkpointing. Attention is written out on a CPU; elsewhere torch's fused kernels,
-    which keep no scores in memory, are counted as if it were. Norms, activations and the optimizer are left out.
+    again, and what checkpointed blocks compute again is left out, as are norms, activations and the optimizer. Memory
+    is that of a step: blocks stay checkpointed, and attention has its own kernel, or torch's where the counter would
+    not see it.
     """
-    kernel: KernelName = "eager" if all(p.device.type == "cpu" for p in network.parameters()) else "sdpa"
     found: list[int] = []
-    with _as_defined(network, kernel), torch.random.fork_rng(enabled=draws > 1):
+    with _visible(network), torch.random.fork_rng(devices=[], enabled=draws > 1):
         for seed in range(draws):
             if draws > 1:
                 torch.manual_seed(seed)
             with FlopCounterMode(display=False, custom_mapping=_known()) as counter:
-                call()
-            found.append(int(counter.get_total_flops()))
+                again = _Recomputed(network, counter)
+                try:
+                    call()
+                finally:
+                    again.remove()
+            found.append(int(counter.get_total_flops()) - again.flops)
             if seed == 1 and found[0] == found[1]:
                 break
     return sum(found) // len(found)
@@ -65,18 +70,43 @@ def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -
 
 
 @contextmanager
-def _as_defined(network: nn.Module, kernel: KernelName) -> Iterator[None]:
+def _visible(network: nn.Module) -> Iterator[None]:
+    """Attention by kernels that the counter sees: elsewhere than on a CPU "auto" may be one that it does not."""
     attentions = [m for m in network.modules() if isinstance(m, Attention)]
-    blocks = [m for m in network.modules() if isinstance(m, Block)]
-    before = [a.kernel for a in attentions], [b.checkpointing for b in blocks]
+    before = [attention.kernel for attention in attentions]
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    seen: list[KernelName] = ["eager", "sdpa", "auto"] if on_cpu else ["eager", "sdpa"]
     try:
         for attention in attentions:
-            attention.kernel = kernel
-        for block in blocks:
-            block.checkpointing = False
+            attention.kernel = attention.kernel if attention.kernel in seen else "sdpa"
         yield
     finally:
-        for attention, own in zip(attentions, before[0], strict=True):
+        for attention, own in zip(attentions, before, strict=True):
             attention.kernel = own
-        for block, checkpointing in zip(blocks, before[1], strict=True):
-            block.checkpointing = checkpointing
+
+
+class _Recomputed:
+    """FLOPs of the second forward passes of checkpointed blocks, by `counter`, which sees them like any others."""
+
+    def __init__(self, network: nn.Module, counter: FlopCounterMode) -> None:
+        self.flops, self._counter, self._depth, self._start = 0, counter, 0, 0
+        blocks = [m for m in network.modules() if isinstance(m, Block) and m.checkpointing]
+        residuals = dict.fromkeys(residual for block in blocks for residual in block.values())
+        self._hooks = [r.register_forward_pre_hook(self._enter) for r in residuals]
+        self._hooks += [r.register_forward_hook(self._leave, always_call=True) for r in residuals]
+
+    def _enter(self, *_: object) -> None:
+        if recomputing():
+            if self._depth == 0:
+                self._start = self._counter.get_total_flops()
+            self._depth += 1
+
+    def _leave(self, *_: object) -> None:
+        if recomputing():
+            self._depth -= 1
+            if self._depth == 0:
+                self.flops += self._counter.get_total_flops() - self._start
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -15,6 +15,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.norm import BatchNorm
+from ssl_lab.nn.recompute import recomputing
 
 if TYPE_CHECKING:
     from ssl_lab.nn.block import Context
@@ -135,7 +136,7 @@ class FrameNorm(BatchNorm):
         return out.view(input.shape)
 
     def _normed(self, frames: Tensor) -> Tensor:
-        several, counts = len(frames) > 1, not _recomputes()
+        several, counts = len(frames) > 1, not recomputing()
         if several and counts and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
         weight = (0.1 if self.momentum is None else self.momentum) * counts
@@ -144,13 +145,8 @@ class FrameNorm(BatchNorm):
         )
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        if not _recomputes():
+        if not recomputing():
             super()._remember(mean, variance)
-
-
-def _recomputes() -> bool:
-    """Whether this runs inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class ConvSubsampling(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_lab.nn.dropout import Dropout
 from ssl_lab.nn.linear import linear
+from ssl_lab.nn.recompute import recomputing
 
 if TYPE_CHECKING:
     from ssl_lab.nn.block import Context
@@ -133,8 +134,3 @@ def sequence_mean(x: Tensor, valid: Tensor | None) -> Tensor:
         return x.mean(1)
     weight = valid.to(x.dtype)
     return (x * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
-
-
-def recomputing() -> bool:
-    """Inside a backward pass: activation checkpointing runs a forward pass for the second time."""
-    return torch._C._current_graph_task_id() != -1

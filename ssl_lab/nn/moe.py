@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lab import dist
-from ssl_lab.nn.experts import Experts, Mixture, real_tokens, recomputing, sequence_mean
+from ssl_lab.nn.experts import Experts, Mixture, real_tokens, sequence_mean
 from ssl_lab.nn.ffn import GLU
+from ssl_lab.nn.recompute import recomputing
 
 if TYPE_CHECKING:
     from ssl_lab.nn.block import Context
