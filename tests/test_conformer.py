@@ -128,6 +128,14 @@ def test_large_float32_products_are_the_same_head_by_head(monkeypatch):
         torch.testing.assert_close(products.product(turned, gaps, alpha=0.3, plus=plus), wanted)
 
 
+@pytest.mark.parametrize(("length", "width", "turned"), [(144, 36, True), (143, 36, False), (160, 48, False)])
+def test_a_large_transposed_product_in_bf16_is_the_same_the_other_way_round(length, width, turned):
+    a, b = noise(3, 150, length).bfloat16().transpose(1, 2), noise(3, 150, width, seed=2).bfloat16()
+    out = products.product(a, b, alpha=0.3)
+    assert (out.stride(1) == 1) is turned
+    torch.testing.assert_close(out.double(), 0.3 * a.double() @ b.double(), rtol=2**-8, atol=1e-2)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("positions", ["relative", "rotary", None])
 def test_block_is_that_of_transformers(positions, training):

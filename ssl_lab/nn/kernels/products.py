@@ -15,9 +15,12 @@ def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = N
     """alpha * a b + plus, (N, M, K), (N, K, P), (N, M, P) -> (N, M, P); not for autograd to follow.
 
     A matrix may be a transposed view; every other layout than that is copied first. `overwrite`: the result may take
-    the place of `plus`.
+    the place of `plus`. The result may be a transposed view, too.
     """
     if not _through_onednn(a, b):
+        if plus is None and _turned(a, b):
+            out = torch.baddbmm(a.new_empty(()), b.transpose(1, 2), a.transpose(1, 2), beta=0, alpha=alpha)
+            return out.transpose(1, 2)
         if plus is None:
             return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
         return plus.baddbmm_(a, b, alpha=alpha) if overwrite else torch.baddbmm(plus, a, b, alpha=alpha)
@@ -34,6 +37,20 @@ def _through_onednn(a: Tensor, b: Tensor) -> bool:
         and a.shape[1] * a.shape[2] * b.shape[2] >= _SMALLEST
         and linear._AVAILABLE
         and not torch.compiler.is_compiling()
+    )
+
+
+def _turned(a: Tensor, b: Tensor) -> bool:
+    """A large transposed matrix times a narrow one: the transposed product takes as it lies what is copied otherwise.
+
+    In bf16 on an AVX-512 machine it is 1.4 to 2 times as fast for heads of up to 48 channels, 1.1 to 1.3 times for 64
+    to 96; on short rows, whose matrices stay in the cache, it is slower.
+    """
+    return (
+        a.device.type == "cpu"
+        and a.dtype in (torch.bfloat16, torch.float16)
+        and a.stride(1) == 1 != a.stride(2)
+        and min(a.shape[1], a.shape[2]) >= 4 * b.shape[2]
     )
 
 
