@@ -91,6 +91,23 @@ def test_loss_and_every_gradient_are_those_of_the_formula(train):
     assert all(gap(grad, method.get_parameter(name).grad) < 1e-12 for name, grad in found.items())
 
 
+def test_chosen_answers_stay_likely_by_a_loss_of_their_own():
+    """The mean of their nats a token, conversation by conversation."""
+    plain, more = (moved(LLaVADPO(small(), beta=BETA, nll=weight)) for weight in (0.0, 0.2))
+    losses = [method.step(batch(), 0.5).loss for method in (plain, more)]
+    pictures, first, own = images(batch=3), 0, []
+    for prompt, chosen in zip(PROMPTS, CHOSEN, strict=True):
+        seen = pictures[first : first + prompt.count(MARK)]
+        first += prompt.count(MARK)
+        own.append(-said(more.model, prompt, chosen, seen) / len(chosen))
+    want = losses[0].detach() + 0.2 * sum(own) / 4
+    assert gap(losses[1], want) < 1e-12 and losses[1] - losses[0] > 0.1
+    found = torch.autograd.grad(losses[1], more.model.connector.parameters())
+    base = torch.autograd.grad(losses[0], plain.model.connector.parameters())
+    rest = torch.autograd.grad(want, more.model.connector.parameters())
+    assert all(gap(f, b + r) < 1e-12 for f, b, r in zip(found, base, rest, strict=True))
+
+
 def test_the_loss_is_that_of_trl():
     pytest.importorskip("trl", reason="trl is not installed")
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -200,6 +217,8 @@ def test_mistakes():
         method.step(given | {"segments": given["tokens"]}, 0.5)
     with pytest.raises(UserError, match="beta=0"):
         LLaVADPO(small(), beta=0)
+    with pytest.raises(UserError, match="nll=-1"):
+        LLaVADPO(small(), nll=-1)
     with pytest.raises(UserError, match="copy or untuned"):
         LLaVADPO(small(), reference="teacher")
     with pytest.raises(UserError, match="reference=copy"):
