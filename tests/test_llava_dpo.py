@@ -93,7 +93,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(train):
 
 def test_chosen_answers_stay_likely_by_a_loss_of_their_own():
     """The mean of their nats a token, conversation by conversation."""
-    plain, more = (moved(LLaVADPO(small(), beta=BETA, nll=weight)) for weight in (0.0, 0.2))
+    plain, more = (moved(LLaVADPO(small(), beta=BETA, nll_weight=weight)) for weight in (0.0, 0.2))
     losses = [method.step(batch(), 0.5).loss for method in (plain, more)]
     pictures, first, own = images(batch=3), 0, []
     for prompt, chosen in zip(PROMPTS, CHOSEN, strict=True):
@@ -217,8 +217,8 @@ def test_mistakes():
         method.step(given | {"segments": given["tokens"]}, 0.5)
     with pytest.raises(UserError, match="beta=0"):
         LLaVADPO(small(), beta=0)
-    with pytest.raises(UserError, match="nll=-1"):
-        LLaVADPO(small(), nll=-1)
+    with pytest.raises(UserError, match="nll_weight=-1"):
+        LLaVADPO(small(), nll_weight=-1)
     with pytest.raises(UserError, match="copy or untuned"):
         LLaVADPO(small(), reference="teacher")
     with pytest.raises(UserError, match="reference=copy"):

@@ -30,7 +30,7 @@ class LLaVADPO(LLaVA):
     Args:
         model: image encoder, connector and decoder.
         beta: how much a departure from the reference costs.
-        nll: weight of the chosen answers' negative log-likelihood a token beside that loss (Llama 3, arXiv:2407.21783,
+        nll_weight: weight of the chosen answers' negative log-likelihood a token beside that loss (Llama 3, arXiv:2407.21783,
             section 4.1.4). Without it both answers of a pair may become less likely, as long as the rejected one does
             so faster.
         reference: "copy" keeps the start of what learns; "untuned" is the model itself with its low-rank updates
@@ -40,7 +40,7 @@ class LLaVADPO(LLaVA):
         cache_features: see `LLaVA`.
 
     Raises:
-        UserError: `beta` not above 0, `nll` below 0, an unknown reference, and as `LLaVA`.
+        UserError: `beta` not above 0, `nll_weight` below 0, an unknown reference, and as `LLaVA`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LLaVADPO(LLaVA):
         model: VisionLanguage,
         *,
         beta: float = 0.1,
-        nll: float = 0.0,
+        nll_weight: float = 0.0,
         reference: Reference = "copy",
         train: Sequence[Part] = LEARNS["instruct"],
         weights: str | None = None,
@@ -58,9 +58,9 @@ class LLaVADPO(LLaVA):
         if beta <= 0 or reference not in get_args(Reference):
             kinds = " or ".join(get_args(Reference))
             raise UserError(f"beta={beta}, reference={reference}: beta is above 0, and reference {kinds}")
-        if nll < 0:
-            raise UserError(f"nll={nll}: it is the weight of a loss, 0 or more")
-        self.beta, self.nll, self.untuned = beta, nll, reference == "untuned"
+        if nll_weight < 0:
+            raise UserError(f"nll_weight={nll_weight}: it is the weight of a loss, 0 or more")
+        self.beta, self.nll_weight, self.untuned = beta, nll_weight, reference == "untuned"
         learns = [part for part in PARTS if part not in model.frozen]
         kept = [part for part in learns if part == "connector" or not self.untuned]
         self.reference = _Kept({part: copy.deepcopy(model.get_submodule(part)) for part in kept})
@@ -68,9 +68,9 @@ class LLaVADPO(LLaVA):
     def step(self, batch: Batch, progress: float) -> Step:
         policy, reference = self.likelihoods(batch)
         loss, rewards = dpo(policy, reference, beta=self.beta)
-        if self.nll:
+        if self.nll_weight:
             tokens = (batch["labels"] != IGNORE).sum(1).clamp(min=1)
-            loss = loss - self.nll * (policy[0] / tokens).mean()
+            loss = loss - self.nll_weight * (policy[0] / tokens).mean()
         step = with_experts(loss, self.model.decoder)
         return Step(step.loss, {**step.logs, **reward_logs(rewards)})
 
