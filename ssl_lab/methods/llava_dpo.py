@@ -30,7 +30,7 @@ class LLaVADPO(LLaVA):
     Args:
         model: image encoder, connector and decoder.
         beta: how much a departure from the reference costs.
-        nll_weight: weight of the chosen answers' negative log-likelihood a token beside that loss (Llama 3, arXiv:2407.21783,
+        nll_weight: of the chosen answers' negative log-likelihood a token, beside that loss (Llama 3, arXiv:2407.21783,
             section 4.1.4). Without it both answers of a pair may become less likely, as long as the rejected one does
             so faster.
         reference: "copy" keeps the start of what learns; "untuned" is the model itself with its low-rank updates
