@@ -111,13 +111,14 @@ def test_work_that_is_drawn_is_counted_on_average():
     assert len(calls) == 2 and torch.equal(torch.get_rng_state(), before)
 
 
-def test_features_that_are_kept_are_no_work(tmp_path):
+def test_features_that_are_kept_are_no_work(tmp_path, caplog):
     """A run tells the work of its later passes, a bench and a plan that of the first."""
     words = ["experiment=llava_shapes_clip", "data.train.length=64", "data.batch_size=4", "data.num_workers=0"]
     training = rehearsal(compose("train", words, [conf_folder()]), str(tmp_path / "run"), 1)
     method, batch = training.method, batch_of(training)
     later = efficiency._work(method, batch, training.trainer.precision_plugin)
     assert not method._kept and all(p.grad is None for p in method.parameters())
+    assert "kept in memory" not in caplog.text  # that they are kept is for the run to say
     step = MethodStep(method, batch, device=torch.device("cpu"), precision="bf16-mixed")
     first = count(step.forward_backward, method, draws=4)
     vision = count(lambda: method.model.patches(batch["images"]), method)

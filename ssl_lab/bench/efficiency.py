@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -78,10 +78,22 @@ def _work(method: Method, batch: Batch, precision: Any) -> int:
             loss = shadow.step(precision.convert_input(copy.deepcopy(batch)), 0.5).loss
         loss.backward()
 
-    with dist.alone():
+    with dist.alone(), _silent():
         if getattr(shadow, "cache_features", False):
             call()  # what it keeps is not computed again in later passes over the data
         return count(call, shadow)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What a step says the run itself will say."""
+    ours = logging.getLogger("ssl_lab")
+    before = ours.level
+    ours.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
 
 
 def shadow_of(method: Method) -> Method:
