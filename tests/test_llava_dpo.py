@@ -250,18 +250,21 @@ def gradients(make, rows, wrap=lambda module: module):
     return loss.item(), {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
 
 
+KINDS = ("copy", "untuned", "nll")
+
+
 def made(kind):
-    return lora() if kind == "untuned" else LLaVADPO(small(), beta=BETA)
+    return lora() if kind == "untuned" else LLaVADPO(small(), beta=BETA, nll_weight=0.2 * (kind == "nll"))
 
 
 def of_rank(rank):
     own = part(rank, 4)
-    return {k: gradients(functools.partial(made, k), own, DistributedDataParallel) for k in ("copy", "untuned")}
+    return {k: gradients(functools.partial(made, k), own, DistributedDataParallel) for k in KINDS}
 
 
 def test_two_ranks_are_one(tmp_path):
     ranks = on_ranks(of_rank, tmp_path)
-    for kind in ("copy", "untuned"):
+    for kind in KINDS:
         loss, want = gradients(functools.partial(made, kind), slice(0, 4))
         assert abs(sum(found[kind][0] for found in ranks) / 2 - loss) < 1e-9
         for found in ranks:

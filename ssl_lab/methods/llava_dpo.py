@@ -30,9 +30,9 @@ class LLaVADPO(LLaVA):
     Args:
         model: image encoder, connector and decoder.
         beta: how much a departure from the reference costs.
-        nll_weight: of the chosen answers' negative log-likelihood a token, beside that loss (Llama 3, arXiv:2407.21783,
-            section 4.1.4). Without it both answers of a pair may become less likely, as long as the rejected one does
-            so faster.
+        nll_weight: of the chosen answers' negative log-likelihood a token, beside that loss (arXiv:2404.19733; Llama 3,
+            arXiv:2407.21783, section 4.1.4, takes 0.2). Without it both answers of a pair may become less likely, as
+            long as the rejected one does so faster.
         reference: "copy" keeps the start of what learns; "untuned" is the model itself with its low-rank updates
             switched off, for `ssl_lab.nn.lora`, and needs no second language model.
         train: the parts that learn: vision, connector, decoder.
