@@ -1,6 +1,6 @@
 """What a set of samples has to offer, so that one loader serves scenes, folders, the hub, and text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,11 @@ class Subset:
         """As the whole source gives them; a stand-in for an unreadable sample has that one's number."""
         found = self.source.read(self.rows[list(rows)].tolist())
         return Samples(found.data, found.targets, torch.tensor(rows, dtype=torch.int64))
+
+    def without(self, known: Callable[[int], Tensor]) -> "Subset":
+        """The same, but images are not read once their reader knows them, where the whole source can leave them out."""
+        whole: Any = self.source
+        return Subset(whole.without(known), self.rows) if hasattr(whole, "without") else self
 
 
 def subset(source: "Source", rows: float, seed: int) -> "Source":
