@@ -93,6 +93,9 @@ def test_a_conversation_goes_on_about_its_picture(tmp_path):
     with pytest.raises(UserError, match="mentions 1 pictures"):
         list(one.ask(f"{marker} again?"))
     assert one.messages == before
+    one.show([picture(tmp_path / "a.png")] * 2)
+    list(one.ask(""))  # a picture alone, as captions are taught
+    assert one.messages[0]["content"] == f"{marker}\n{marker}"
 
 
 def test_the_page_without_a_browser(tmp_path):

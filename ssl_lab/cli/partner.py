@@ -82,14 +82,14 @@ class Conversation:
         self.visual, self.messages, self._said = self.partner.see(self.pictures), [], None
 
     def ask(self, asked: str) -> Iterator[str]:
-        """The answer, piece by piece; markers that the first question lacks are put before it.
+        """The answer, piece by piece; markers that the first question lacks are put before it, and may be all of it.
 
         Raises:
             UserError: other numbers of markers than pictures, or more than the context holds.
         """
         encode = self.partner.encode
         if not self.messages and encode.marker not in asked:
-            asked = f"{encode.marker}\n" * len(self.pictures) + asked
+            asked = "\n".join([encode.marker] * len(self.pictures) + [asked] * bool(asked))  # as the data have it
         _require(asked, encode.marker, 0 if self.messages else len(self.pictures))
         messages: list[Message] = [*self.messages, {"role": "user", "content": asked}]
         ids, words, answer = encode.prompt(messages), Words(encode.tokenizer, []), list[int]()
