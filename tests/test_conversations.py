@@ -253,8 +253,23 @@ def test_tables_of_questions_captions_and_classes(tmp_path):
     assert len(source) + len(held) == 24 and source.question(1) == ("red?", ("yes",))
     assert len(build.questions(tmp_path / "several.parquet", encode, turns=2)) == len(source) // 2
     source = build.questions(tmp_path / "people.parquet", encode)
-    assert source.question(0) == ("what?", ("ring", "circle", "ring"))
+    assert source.question(0) == ("what?", ("ring", "ring", "circle"))
     assert source.dialogues[0].messages[1]["content"] == "ring"
+    told = {
+        "image": blobs, "question": ["what?"] * 12,
+        "answers": [["circle", "ring", None, "ring"], None, [None], *[["star"]] * 9],
+    }  # fmt: skip
+    pq.write_table(pa.table(told), tmp_path / "told.parquet")
+    source = build.questions(tmp_path / "told.parquet", encode)
+    said = {
+        one.images[0]: (one.messages[1]["content"], source.question(row)) for row, one in enumerate(source.dialogues)
+    }
+    assert all(answer in ("ring", "star") for answer, _ in said.values())  # nobody said None
+    if 0 in said:  # not held out
+        assert said[0] == ("ring", ("what?", ("ring", "ring", "circle")))
+    nested = {"image": blobs, "questions": [["what?", "red?"]] * 12, "answers": [[["a", "b", "b"], ["no"]]] * 12}
+    pq.write_table(pa.table(nested), tmp_path / "nested.parquet")
+    assert build.questions(tmp_path / "nested.parquet", encode).question(0) == ("what?", ("b", "b", "a"))
     with pytest.raises(UserError, match="no column 'asked'"):
         build.questions(tmp_path / "people.parquet", encode, question_column="asked")
     with open(tmp_path / "captions.csv", "w", newline="") as file:

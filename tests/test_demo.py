@@ -114,6 +114,8 @@ def test_the_page_without_a_browser(tmp_path):
     assert list(mine.ask("of nothing?", None))[-1][2] is None
     with pytest.raises(UserError, match="ask something"):
         next(mine.ask(" ", state))
+    alone = mine.show(picture(tmp_path / "d.png"))[0]
+    assert [*mine.ask("", alone)][-1][1][1]["role"] == "assistant"  # the picture itself is the question
     (tmp_path / "c.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"c.png cannot be read"):
         mine.show(str(tmp_path / "c.png"))

@@ -23,9 +23,11 @@ from ssl_lab.data.shapes import Shapes
 from ssl_lab.data.views import Resize
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
-from ssl_lab.evals.vqa import VQA, Looks, balance, normalized, score, usual
+from ssl_lab.evals.vqa import VQA, Looks, balance, different, normalized, score, usual
 from ssl_lab.methods.llava import LLaVA, load
+from ssl_lab.nn.adapters import Adapters
 from ssl_lab.nn.connectors import LinearConnector
+from ssl_lab.nn.lora import LoRA
 from ssl_lab.train import checkpoint
 from ssl_lab.train.optim import Optim
 
@@ -153,8 +155,17 @@ def test_answers_are_what_the_logits_say_of_one_row_alone():
         method.answer(given | {"segments": given["tokens"]}, 97, max_tokens=2)
     with pytest.raises(UserError, match="no answer"):
         method.answer(given | {"labels": torch.full_like(given["tokens"], -100)}, 97, max_tokens=2)
-    with pytest.raises(UserError, match="context of 128"):
-        method.answer(given, 97, max_tokens=200)
+    fitting = method.answer(given, -1, max_tokens=200)  # as many as the context of 128 holds
+    longest = max(
+        len(row[: first + 1]) + 15 * int((row[: first + 1] == MARK).sum())
+        for row, first in zip(given["tokens"], firsts.tolist(), strict=True)
+    )
+    assert fitting.shape[1] == 128 - longest and torch.equal(fitting[:, :4], method.answer(given, -1, max_tokens=4))
+    long = {
+        name: torch.nn.functional.pad(given[name], (130, 0), value=v) for name, v in (("tokens", 1), ("labels", -100))
+    }
+    with pytest.raises(UserError, match="no room in the model's context of 128"):
+        method.answer(given | long, 97, max_tokens=2)
 
 
 def test_the_second_stage_begins_with_the_first_and_refuses_other_connectors(tmp_path):
@@ -216,7 +227,11 @@ def test_a_rank_without_images_waits_for_nobody_and_adds_nothing(tmp_path):
 def test_answers_are_compared_as_in_the_challenge():
     assert normalized("A  Red, star.") == "red star" and normalized("two") == "2" and normalized("1.5") == "1.5"
     assert score("red.", ("Red",)) == 1 and score("blue", ("red",)) == 0
+    assert normalized("a T-shirt/top") == "t shirt top" and normalized("10,000") == "10000"
+    assert normalized("don't") == normalized("dont")
     assert score("ring", ("ring", "ring", "circle", "ring")) == 1
+    ten = ("ring",) * 3 + ("circle",) * 7  # 3 of 10: of the ten sets of nine people, seven hold 3 and three hold 2
+    assert score("ring", ten) == pytest.approx(0.9) and score("circle", ten) == 1 and score("star", ten) == 0
     assert score("circle", ("ring", "ring", "circle", "ring")) == pytest.approx(1 / 3)
     found = balance(["yes", "yes", "no", "red"], ["yes", "no", "no", "blue"])
     assert found == {
@@ -263,6 +278,55 @@ def test_questions_are_evaluated_beside_what_no_image_tells():
     nats = method.nll(given)[seen].sum() / (given["labels"][seen] != -100).sum()
     assert looks["right"] == pytest.approx(nats.item(), rel=1e-5)
     assert looks["gain"] == pytest.approx(looks["shuffled"] - looks["right"]) and looks["none"] != looks["right"]
+
+
+def test_another_picture_is_never_the_same_one():
+    a, b, c = (torch.full((3, 2, 2), float(i)) for i in range(3))
+    found = different(torch.stack([a, a, a, b, b]), torch.arange(5))
+    assert found.tolist() == [3, 3, 3, 0, 0]
+    assert different(torch.stack([a, b, c]), torch.tensor([0, 0, 1])).tolist() == [2, 2, 0]  # not that of its own row
+    assert different(torch.stack([a, a]), torch.arange(2)).tolist() == [-1, -1]
+    assert different(torch.empty(0, 3, 2, 2), torch.empty(0)).tolist() == []
+
+
+def test_the_wrong_picture_of_several_questions_is_another_one():
+    """Questions about one picture stand side by side: the next of the batch is mostly the same one."""
+    data = Data()
+    method = speaking(data)
+    given = next(iter(data.eval_loader("test")))
+    image = given["images"][:1]
+    twice = {**given, "images": torch.cat([image, image, *given["images"][2:].unsqueeze(1)])}
+
+    class Same(Data):
+        def eval_loader(self, split, limit=None):
+            yield twice
+
+    found = Looks().run(Round(method, Same()))
+    wrong = {**twice, "images": twice["images"][different(twice["images"], twice["image_rows"])]}
+    assert not any(torch.equal(x, y) for x, y in zip(wrong["images"], twice["images"], strict=True))
+    seen = torch.tensor([True, False, True, True])
+    nats = method.nll(wrong)[seen].sum() / (given["labels"][seen] != -100).sum()
+    assert found["shuffled"] == pytest.approx(nats.item(), rel=1e-5)
+    with pytest.raises(UserError, match="pack=null"):
+        twice["segments"] = given["tokens"]
+        Looks().run(Round(method, Same()))
+
+
+@pytest.mark.parametrize(
+    "tune", [functools.partial(LoRA, rank=2, targets=["qkv"]), functools.partial(Adapters, hidden=4)]
+)
+def test_what_a_tuning_puts_into_a_frozen_image_encoder_learns(tune):
+    method = LLaVA(small())
+    tune(parts=["model.vision"])(method)
+    for given in (batch(), batch(with_images=False)):
+        method.zero_grad()
+        method.train().step(given, 0.5).loss.backward()
+        new = [p for p in method.model.vision.parameters() if p.requires_grad]
+        assert new and all(p.grad is not None for p in new)
+        assert any(p.grad.abs().sum() > 0 for p in new) == ("images" in given)
+    method.cache_features = True
+    with pytest.raises(UserError, match="does not learn"):
+        method.train().step(batch() | {"image_ids": torch.arange(3)}, 0.5)
 
 
 TINY = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity import gap, images
 from ranks import on_ranks, part
+from test_flamingo import made as gated_model
 from test_llava import TINY
 from test_vlm import MARK, ids, small
 from torch import nn
@@ -208,7 +209,21 @@ def test_an_image_is_encoded_once_for_both_answers_and_both_models():
         assert losses[0] == losses[1] and sum(seen) == (3 if kept else 6)
 
 
+def test_low_rank_updates_of_a_frozen_image_encoder_learn_and_the_reference_has_none():
+    method = LLaVADPO(small(), beta=BETA, reference="untuned", train=["connector"])
+    torch.manual_seed(1)
+    LoRA(rank=2, targets=["qkv"], parts=["model.vision"])(method)
+    start = method.likelihoods(batch())[1].detach()
+    moved(method)
+    policy, reference = method.likelihoods(batch())
+    assert torch.equal(reference, start) and not torch.equal(policy, reference)
+    method.step(batch(), 0.5).loss.backward()
+    assert all(p.grad is not None for p in method.model.vision.parameters() if p.requires_grad)
+
+
 def test_mistakes():
+    with pytest.raises(UserError, match="Flamingo"):
+        LLaVADPO(gated_model())
     method = LLaVADPO(small())
     given = batch()
     with pytest.raises(UserError, match="data=shapes_preferences"):

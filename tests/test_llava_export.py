@@ -115,7 +115,7 @@ def test_what_transformers_cannot_hold_is_named(tmp_path):
 
 
 def test_the_processor_sees_and_reads_as_training_does(tmp_path):
-    for system in (None, "Be brief.", ""):
+    for system in (None, "Be brief \U0001f600.", ""):
         encode = encoder(SMOL, system=system)
         known = encode.tokenizer
         known.save(tmp_path / "run")
@@ -135,6 +135,11 @@ def test_the_processor_sees_and_reads_as_training_does(tmp_path):
             ours = encode.prompt([{"role": "user", "content": f"{encode.marker}\nwhat color is it?"}])
             wide = [x for t in ours for x in ([t] * 16 if t == encode.image else [t])]
             assert found["input_ids"][0].tolist() == wide
+        alone = theirs.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}], add_generation_prompt=True, tokenize=False
+        )  # as captions are taught
+        ours = encode.prompt([{"role": "user", "content": encode.marker}])
+        assert theirs.tokenizer(alone, add_special_tokens=False)["input_ids"] == ours
         pixels = Resize(32)(picture[None], torch.zeros(1), 0)["image"]
         assert gap(pixels, found["pixel_values"]) < 0.02  # a grey value of 255 is 0.017
         again = theirs.apply_chat_template([

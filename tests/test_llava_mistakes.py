@@ -99,6 +99,31 @@ def test_pictures_of_training_that_are_missing_or_no_pictures(says, home):
         assert "images of talk.json are unreadable" in told and name.split("{")[0] in told
 
 
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"id": 3}, "has nothing in conversations"),
+        ({"conversations": "what?"}, "has str in conversations"),
+        ({"conversations": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a turn of 'user' with list"),
+    ],
+)
+def test_a_row_that_is_no_conversation(says, home, row, why):
+    words = conversation(home, None, "what?")
+    rows = json.loads((home / "talk.json").read_text())
+    (home / "talk.json").write_text(json.dumps([*rows, *[row] * 30]))
+    told = says(*words)
+    assert why in told and "talk.json row" in told
+
+
+def test_a_mistake_does_not_end_a_conversation(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    lines = iter(["<image> what shape?", "/image none.png", "what shape?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert main(["chat", "ckpt=run", "image=scene.png", "max_new_tokens=64"]) == 0  # of 128, twice
+    told = capsys.readouterr().err
+    assert "ssl-lab: image=none.png does not exist" in told and told.count("tokens/s") == 2
+
+
 def test_a_tokenizer_without_the_marker(says, home):
     bare().save(home / "words")
     told = says(*RUN, "data.tokenizer=words", "out=other")

@@ -323,6 +323,26 @@ def test_any_causal_language_model_of_transformers_speaks(tmp_path):
         HFDecoder(str(tmp_path / "none"))
 
 
+def test_language_models_of_transformers_that_would_be_another_one_here_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": V}
+    capped = transformers.Gemma2Config(**sizes, **more, final_logit_softcapping=0.1, sliding_window=64)
+    randomise(transformers.Gemma2ForCausalLM(capped)).float().save_pretrained(tmp_path / "capped")
+    with pytest.raises(UserError, match="scores in a way of its own"):
+        HFDecoder(str(tmp_path / "capped"))
+    short = transformers.MistralConfig(**sizes, **more, sliding_window=9)
+    transformers.MistralForCausalLM(short).save_pretrained(tmp_path / "short")
+    decoder = HFDecoder(str(tmp_path / "short"))
+    assert decoder.sliding == 9 and decoder(torch.ones(1, 9, dtype=torch.int64)).tokens.shape == (1, 9, 48)
+    with pytest.raises(UserError, match="window of 9"):
+        decoder(torch.ones(1, 10, dtype=torch.int64))
+    bloom = transformers.BloomConfig(vocab_size=V, hidden_size=48, n_layer=1, n_head=4)
+    transformers.BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UserError, match="cannot take the place"):
+        HFDecoder(str(tmp_path / "bloom"))
+
+
 def test_the_image_encoder_of_transformers_clip_and_siglip_alone(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_lab.analysis.attention import attention_weights, heat
 from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.flamingo import GatedVisionLanguage
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.errors import UserError
 from ssl_lab.nn.connectors import LinearConnector, MLPConnector
@@ -28,9 +29,11 @@ def looked(model: VisionLanguage, tokens: Tensor, visual: Tensor, first: int, *,
         layer: block of the language model; None = the middle one.
 
     Raises:
-        UserError: a connector whose tokens have no place in the picture, a language model that is not ours, or an
-            answer without tokens.
+        UserError: a model with gated blocks, a connector whose tokens have no place in the picture, a language model
+            that is not ours, or an answer without tokens.
     """
+    if isinstance(model, GatedVisionLanguage):
+        raise UserError("a Flamingo looks between the blocks of its language model: there is no map of that")
     if not isinstance(model, VisionLanguage) or not isinstance(model.connector, LinearConnector | MLPConnector):
         raise UserError("the tokens of a resampler have no place in the picture: take connector linear or mlp2x")
     if not isinstance(model.decoder, Decoder):

@@ -53,7 +53,7 @@ class VisionLanguage(nn.Module):
             arXiv:2407.07726), if none of them is to be predicted.
 
     Raises:
-        UserError: a layer that the encoder has not.
+        UserError: a layer that the encoder has not, or, when it sees, one of another width than its output.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class VisionLanguage(nn.Module):
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
+
+    @property
+    def vision_learns(self) -> bool:
+        """Whether anything of the image encoder does: all of it, or what a tuning put into a frozen one."""
+        return any(p.requires_grad for p in self.vision.parameters())
 
     def with_parts(self, parts: Mapping[str, nn.Module]) -> "VisionLanguage":
         """The same with other modules in the place of some of its parts; all the rest is shared, not copied."""
@@ -138,7 +143,7 @@ class VisionLanguage(nn.Module):
 
     def see(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> what the decoder reads of each image (N, Q, D)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
             patches = self.patches(images)
         out: Tensor = self.connector(patches)
         return out
@@ -151,6 +156,11 @@ class VisionLanguage(nn.Module):
             parts = [encoded.tokens] if self.drop_prefix else [encoded.prefix, encoded.tokens]
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         hidden: Tensor = self.vision(images, layers=[self.layer]).hidden[self.layer]
+        if hidden.shape[-1] != self.vision.dim:
+            raise UserError(
+                f"layer={self.layer} of the image encoder is {hidden.shape[-1]} wide, its output {self.vision.dim}: "
+                "set method.model.layer=null"
+            )
         return hidden[:, int(getattr(self.vision, "num_prefix", 0)) :] if self.drop_prefix else hidden
 
     def splice(
@@ -219,13 +229,14 @@ class VisionLanguage(nn.Module):
         )
 
     def nothing(self, images: Tensor | None = None) -> Tensor:
-        """(0, Q, D), where the connector learns as a part of the graph: its gradients are then 0, not missing.
+        """(0, Q, D), a part of the graph where connector or image encoder learn: their gradients are 0, not missing.
 
         Raises:
             UserError: neither `images` (0, C, H, W) nor a ViT tell how large one would be.
         """
         weight = self.decoder.embed.weight
-        if not torch.is_grad_enabled() or "connector" in self.frozen:
+        learns = self.vision_learns or any(p.requires_grad for p in self.connector.parameters())
+        if not torch.is_grad_enabled() or not learns:
             return weight.new_zeros(0, 1, self.decoder.dim)
         if images is not None and images.dim() > 1:
             shape = images.shape[1:]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from ssl_lab.cli.partner import conversation
+from ssl_lab.cli.partner import Conversation, conversation
+from ssl_lab.errors import UserError
 
 _ASK, _CHANGE = "> ", "/image "
 
@@ -20,17 +21,27 @@ def run(cfg: DictConfig) -> None:
     """
     talk = conversation(cfg)
     talk.show([str(file) for file in cfg.image])
-    for asked in [str(cfg.prompt)] if cfg.prompt is not None else _lines():
-        if asked.startswith(_CHANGE):
-            talk.show([asked.removeprefix(_CHANGE).strip()])
-            continue
-        begin, count = time.perf_counter(), 0
-        for piece in talk.ask(asked):
-            print(piece, end="", flush=True)
-            count += 1
-        print(flush=True)
-        seconds = time.perf_counter() - begin
-        print(f"{count - 1} tokens, {(count - 1) / seconds:,.1f} tokens/s", file=sys.stderr)
+    if cfg.prompt is not None:
+        _answer(talk, str(cfg.prompt))
+        return
+    for asked in _lines():
+        try:
+            if asked.startswith(_CHANGE):
+                talk.show([asked.removeprefix(_CHANGE).strip()])
+            else:
+                _answer(talk, asked)
+        except UserError as mistake:  # the next line may be a better one
+            print(f"ssl-lab: {mistake}", file=sys.stderr)
+
+
+def _answer(talk: Conversation, asked: str) -> None:
+    begin, count = time.perf_counter(), 0
+    for piece in talk.ask(asked):
+        print(piece, end="", flush=True)
+        count += 1
+    print(flush=True)
+    seconds = time.perf_counter() - begin
+    print(f"{count - 1} tokens, {(count - 1) / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:

@@ -50,7 +50,8 @@ class Page:
         Raises:
             UserError: an empty question, other numbers of markers than pictures, or more than the context holds.
         """
-        if not asked.strip():
+        begins = talk is not None and bool(talk.pictures) and not talk.messages
+        if not asked.strip() and not begins:  # a picture alone is what a model of captions is asked
             raise UserError("ask something first")
         talk = replace(self.begin) if talk is None else talk
         before, said = self._told(talk), ""

@@ -185,12 +185,22 @@ def _messages(asked: Sequence[Asked], marker: str) -> Iterable[Message]:
 
 
 def _asked(question: Any, answer: Any, where: str) -> list[Asked]:
+    """Of a row; a question that nobody answered is left out."""
+    if question is None:
+        return []
     if isinstance(question, str):
-        told = [_text(x) for x in answer] if isinstance(answer, list) else [str(answer)]
-        return [(question, Counter(told).most_common(1)[0][0], tuple(told))] if told else []
-    if not isinstance(answer, list) or len(answer) != len(question or ()):
-        raise UserError(f"{where}: {len(question or ())} questions, and not as many answers; mend or remove the row")
-    return [(q, _text(a), ()) for q, a in zip(question, answer, strict=True)]
+        question, answer = [question], [answer]
+    if not isinstance(answer, list) or len(answer) != len(question):
+        raise UserError(f"{where}: {len(question)} questions, and not as many answers; mend or remove the row")
+    told = [(q, _told(a)) for q, a in zip(question, answer, strict=True)]
+    return [(q, answers[0], answers) for q, answers in told if answers]
+
+
+def _told(answer: Any) -> tuple[str, ...]:
+    """What one or several people said, the most frequent first."""
+    several = answer if isinstance(answer, list) else [answer]
+    told = Counter(_text(each) for each in several if each is not None)
+    return tuple(text for text, times in told.most_common() for _ in range(times))
 
 
 def _text(answer: Any) -> str:

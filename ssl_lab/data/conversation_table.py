@@ -49,7 +49,8 @@ def conversations(
     turns = store.column_of(TURNS)
     dialogues = []
     for number, row in enumerate(rows):
-        messages = [message(x, f"{path} row {number}", encode.marker) for x in row[turns]]
+        where = f"{path} row {number}"
+        messages = [message(x, where, encode.marker) for x in cell(row, turns, where, list)]
         images = store.take(row)
         dialogues.append(Dialogue(images, marked(messages, len(images), encode)))
     found = EncodedImages(store, str(path), split, bad_samples=bad_samples) if len(store) else None
@@ -187,6 +188,19 @@ def _key(row: dict[str, Any], number: int) -> str:
     return str((value[0] if isinstance(value, list) else value) if value else number)
 
 
+def cell(row: dict[str, Any], name: str, where: str, *kinds: type) -> Any:
+    """What a row has in a column.
+
+    Raises:
+        UserError: nothing, or something of another kind.
+    """
+    value = row.get(name)
+    if not isinstance(value, kinds):
+        found = "nothing" if value is None else type(value).__name__
+        raise UserError(f"{where} has {found} in {name}, where a {' or a '.join(k.__name__ for k in kinds)} is wanted")
+    return value
+
+
 def message(turn: Any, where: str, marker: str) -> Message:
     """A turn with `role` or `from` and with `content` or `value`, a text or a list of typed parts.
 
@@ -195,8 +209,11 @@ def message(turn: Any, where: str, marker: str) -> Message:
     """
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "\n".join(marker if part.get("type") == "image" else str(part.get("text")) for part in content)
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and (part.get("type") == "image" or isinstance(part.get("text"), str))
+        for part in content
+    ):
+        content = "\n".join(marker if part.get("type") == "image" else part["text"] for part in content)
     if role not in ROLES or not isinstance(content, str):
         raise UserError(f"{where} has a turn of {role!r} with {type(content).__name__}: roles are {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}

@@ -106,8 +106,8 @@ class Conversations:
         """The question that is scored first, without markers, and all answers that count as right."""
         one = self.dialogues[row]
         messages = one.messages if one.rejected is None else one.messages[::-1]
-        asked = next(message["content"] for message in messages if message["role"] == "user")
-        said = next(message["content"] for message in messages if message["role"] == "assistant")
+        asked = next((message["content"] for message in messages if message["role"] == "user"), "")
+        said = next((message["content"] for message in messages if message["role"] == "assistant"), "")
         return asked.replace(self.encode.marker, "").strip(), one.answers or (said,)
 
     def read(self, rows: Sequence[int]) -> Samples:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ssl_lab.data import conversation_builders as build
 from ssl_lab.data.conversation_builders import Kind
-from ssl_lab.data.conversation_table import TURNS, marked, message, read_rows
+from ssl_lab.data.conversation_table import TURNS, cell, marked, message, read_rows
 from ssl_lab.data.conversation_text import ConversationEncoder, Message
 from ssl_lab.data.conversations import Conversations, Dialogue
 from ssl_lab.data.images import EncodedImages
@@ -50,8 +50,11 @@ def preferences(
     dialogues = []
     for number, row in enumerate(rows):
         where = f"{path} row {number}"
-        asked = [] if before is None else _turns(row[before], "user", where, encode.marker)
-        better, worse = (_turns(row[name], "assistant", where, encode.marker) for name in ("chosen", "rejected"))
+        asked = [] if before is None else _turns(cell(row, before, where, str, list), "user", where, encode.marker)
+        better, worse = (
+            _turns(cell(row, name, where, str, list, dict), "assistant", where, encode.marker)
+            for name in ("chosen", "rejected")
+        )
         if better[:-1] != worse[:-1] or better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
             raise UserError(f"{where}: chosen and rejected are one conversation but for the last answer; mend the row")
         if better[-1]["content"] == worse[-1]["content"]:

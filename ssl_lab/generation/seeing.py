@@ -1,5 +1,6 @@
 """Text of a model that sees: images are encoded once, prompts with markers go in as they are embedded."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,12 +40,6 @@ class Seeing(Cached):
             visual = self.decoder.embed.weight.new_zeros(0, 1, self.decoder.dim)
         x = self.model.splice(tokens, visual, valid=valid, side="left")
         self.length = x.embedded.shape[1]
-        room = getattr(getattr(self.decoder, "positions", self.decoder), "max_length", None)
-        if room is not None and self.length + new > room:
-            raise UserError(
-                f"a prompt of {self.length} tokens with its images and max_new_tokens={new} are more than the model's "
-                f"context of {room}: shorten it, or pool the images"
-            )
         self.valid = None if x.valid is None else torch.cat([x.valid, x.valid.new_ones(len(tokens), new)], 1)
         ours = isinstance(self.decoder, Decoder)
         self.cache = KVCache(self.length + new, window=self.decoder.window) if ours else self.decoder.new_cache()
@@ -69,14 +64,14 @@ def stream_seen(
         model: what sees and speaks.
         prompts: ids with a marker for each image, one sequence a row; they may differ in length.
         visual: (N, Q, D) of the images, see `VisionLanguage.see`; None = there are none.
-        max_new_tokens: tokens to generate at most.
+        max_new_tokens: tokens to generate at most; fewer where the context holds no more.
         sampling: how a token is chosen; greedy by default.
         eos: id or ids that end a text; they are yielded too.
         pad: id that fills rows after their end.
 
     Raises:
-        UserError: an empty prompt, unknown ids, markers without their images, or more tokens than the context holds;
-            what concerns images at the first step.
+        UserError: an empty prompt, unknown ids, markers without their images, or a prompt that fills the context; what
+            concerns images at the first step.
     """
     decoder = model.decoder
     tokens, valid = pad_left(prompts, pad, decoder.embed.weight.device)
@@ -86,7 +81,26 @@ def stream_seen(
             f"max_new_tokens={max_new_tokens} must be at least 1, and the prompt's largest token {int(known.max())} "
             f"below {decoder.vocab_size}: use the tokenizer that the model was trained with"
         )
+    new = min(max_new_tokens, _room(model, tokens, valid, visual))
     seen = tokens.masked_fill(tokens == model.image_token, PADDING)
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
     steps = Looking(model, visual) if isinstance(model, GatedVisionLanguage) else Seeing(model, visual)
-    return continued(model, steps, tokens, valid, max_new_tokens, sampling, ends, (pad, 0), seen=seen)
+    return continued(model, steps, tokens, valid, new, sampling, ends, (pad, 0), seen=seen)
+
+
+def _room(model: VisionLanguage, tokens: Tensor, valid: Tensor | None, visual: Tensor | None) -> int:
+    """Tokens that the context holds behind the longest of the prompts (B, L) and its images."""
+    decoder: Any = model.decoder
+    context = getattr(getattr(decoder, "positions", decoder), "max_length", None)
+    if context is None:
+        return sys.maxsize
+    beside = 0 if visual is None or isinstance(model, GatedVisionLanguage) else visual.shape[1] - 1
+    marked = tokens == model.image_token
+    real = torch.ones_like(marked) if valid is None else valid
+    length = int((real.sum(1) + beside * (marked & real).sum(1)).max())
+    if length >= context:
+        raise UserError(
+            f"a prompt of {length} tokens with its images leaves no room in the model's context of {context}: shorten "
+            "it, or pool the images"
+        )
+    return int(context) - length

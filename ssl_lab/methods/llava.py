@@ -107,6 +107,10 @@ class LLaVA(Method):
     @torch.no_grad()
     def _patches(self, batch: Batch) -> Tensor | None:
         """(N, P, Dv) of the images, None of none. Each goes through the encoder alone, so that no batch matters."""
+        if self.model.vision_learns:
+            raise UserError(
+                "cache_features=true is for an image encoder that does not learn: leave it out of the tuning"
+            )
         if not any(len(batch[name]) for name in ("images", "image_ids") if name in batch):
             return None
         if "image_ids" not in batch:

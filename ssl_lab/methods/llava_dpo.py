@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lab.backbones.flamingo import GatedVisionLanguage
 from ssl_lab.backbones.vlm import PARTS, Part, VisionLanguage
 from ssl_lab.errors import UserError
 from ssl_lab.losses.experts import with_experts
@@ -40,7 +41,8 @@ class LLaVADPO(LLaVA):
         cache_features: see `LLaVA`.
 
     Raises:
-        UserError: `beta` not above 0, `nll_weight` below 0, an unknown reference, and as `LLaVA`.
+        UserError: a model with gated blocks, `beta` not above 0, `nll_weight` below 0, an unknown reference, and as
+            `LLaVA`.
     """
 
     def __init__(
@@ -54,6 +56,10 @@ class LLaVADPO(LLaVA):
         weights: str | None = None,
         cache_features: bool = False,
     ) -> None:
+        if isinstance(model, GatedVisionLanguage):
+            raise UserError(
+                "llava_dpo keeps the start of whole parts, which a Flamingo's gated blocks are not: take LLaVA"
+            )
         super().__init__(model, train=train, weights=weights, cache_features=cache_features)
         if beta <= 0 or reference not in get_args(Reference):
             kinds = " or ".join(get_args(Reference))
@@ -99,7 +105,7 @@ class LLaVADPO(LLaVA):
         }
         patches = self._seen(batch, self.model)
         with self._begun() as begun:
-            same = patches is None or "vision" in self.model.frozen
+            same = patches is None or not self.model.vision_learns
             theirs = patches if same else self._seen(batch, begun)
             reference = _sums(begun, batch, theirs, pair)
         return _sums(self.model, batch, patches, pair), reference
@@ -111,7 +117,7 @@ class LLaVADPO(LLaVA):
         images = batch.get("images")
         if images is None or not len(images):
             return None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in model.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and model.vision_learns):
             return model.patches(images)
 
     @contextlib.contextmanager

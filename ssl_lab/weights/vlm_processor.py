@@ -18,7 +18,8 @@ _FLAT = (
     "{%- set said.text = message['content'] -%}"
     "{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{%- set said.text = said.text + (MARKER + '\\n' if part['type'] == 'image' else part['text']) -%}"
+    "{%- set last = '' if loop.last else '\\n' -%}"
+    "{%- set said.text = said.text + (MARKER + last if part['type'] == 'image' else part['text']) -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
     "{%- set told.messages = told.messages + [{'role': message['role'], 'content': said.text}] -%}"
@@ -96,5 +97,5 @@ def write(
 
 def template(own: str, marker: str, system: str | None) -> str:
     """A chat template for contents that are lists of parts, `{"type": "image"}` and `{"type": "text", ...}`, too."""
-    before = "" if system is None else _SYSTEM.replace("SYSTEM", json.dumps(system))
+    before = "" if system is None else _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
     return _FLAT.replace("MARKER", json.dumps(marker)) + before + _LAST + own
