@@ -154,6 +154,7 @@ def test_dropped_patches():
 
 def test_a_frozen_tower_neither_learns_nor_drops():
     image = image_tower(frozen=True, drop_path=0.9)
+    assert not image.backbone.training  # before anybody calls `train`
     for chunk in (None, 2):
         method = clip(image=image, chunk=chunk)
         assert not image.backbone.training and image.training

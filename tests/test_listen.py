@@ -12,10 +12,10 @@ from torch import nn
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.data.audio_tokenizer import trained
 from ssl_lab.errors import UserError
-from ssl_lab.generation.chunks import at_pauses
+from ssl_lab.generation.chunks import at_pauses, in_chunks
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
 from ssl_lab.generation.listen import Recogniser
-from ssl_lab.generation.ngram import DecoderScore, WordScore, read_arpa
+from ssl_lab.generation.ngram import DecoderScore, NGram, WordScore, read_arpa
 
 RATE, STEP, HOP = 8000, 320, 80  # Hz; samples of a token and of a frame
 TOKENIZER = trained("tones")
@@ -239,3 +239,59 @@ def test_a_decoder_scores_what_follows_a_prefix():
         torch.testing.assert_close(score(tuple(ids[:length])), expected[length].float())
     assert DecoderScore(decoder)(()).abs().sum() == 0
     assert DecoderScore(decoder, most=4)(tuple(ids * 9)).isfinite().all()
+
+
+def test_an_ngram_of_high_order_knows_how_a_text_begins():
+    entries = {("a",): (-3.0, 0.0), ("b",): (-3.0, 0.0), ("c",): (-3.0, 0.0)}
+    model = NGram(entries | {("a", "b"): (-1.0, 0.0), ("a", "b", "c"): (-0.5, 0.0), ("a",) * 4: (-0.1, 0.0)}, 4)
+    assert model.log_prob(["a"], "b") == -1.0 and model.log_prob(["a", "b"], "c") == -0.5
+    assert model.log_prob(["b", "a", "a", "a"], "a") == -0.1 and model.log_prob([], "a") == -3.0
+
+
+class Transduces(Loud):
+    """Writes a token for each frame that it is given."""
+
+    def emissions(self, batch):
+        log_probs, frames = super().emissions(batch)
+        return log_probs.exp(), frames
+
+    def decode(self, frames, *, num_beams=1):
+        assert frames.shape[1] == TOKENIZER.vocab_size
+        return frames.argmax(1).tolist(), [(t, t) for t in range(len(frames))]
+
+
+def test_a_silent_chunk_says_nothing_to_a_transducer():
+    sound = torch.sin(torch.arange(3 * RATE) * 0.3)
+    audio = torch.cat([sound, torch.zeros(8 * RATE), sound])
+    recogniser = Recogniser(Transduces(), TOKENIZER, RATE, chunk=2.0, overlap=0.4)
+    tokens, spans = recogniser.tokens(audio)
+    times = [start * STEP / RATE for start, _ in spans]
+    assert len(tokens) == len(spans) and all(start == end for start, end in spans) and spans == sorted(spans)
+    assert not [t for t in times if 5.1 < t < 8.9]  # but for chunks that hear the edges of it
+    assert {round(t) for t in times} >= {0, 1, 2, 3, 11, 12, 13}
+    assert recogniser.tokens(torch.zeros(5 * RATE)) == ([], [])
+
+
+def test_the_last_chunk_is_as_long_as_the_others():
+    heard = []
+
+    def emit(samples):
+        heard.append(len(samples))
+        return samples[: len(samples) // 10 * 10 : 10, None]
+
+    for length in range(101, 400):
+        heard.clear()
+        audio = torch.arange(length)
+        found = in_chunks(emit, audio, step=10, chunk=100, overlap=40)
+        assert torch.equal(found[:, 0], audio[: length // 10 * 10 : 10]) and min(heard) > 90 and max(heard) == 100
+
+
+def test_samples_keep_their_precision_where_weights_are_bf16():
+    class Seen(Told):
+        def emissions(self, batch):
+            self.dtype = batch["audio"].dtype
+            return super().emissions(batch)
+
+    method = Seen().to(torch.bfloat16)
+    assert Recogniser(method, TOKENIZER, RATE).text(spelled(WORDS, AT)[0]) == " ".join(WORDS)
+    assert method.dtype == torch.float32

@@ -1,5 +1,7 @@
 """Log-mels equal other libraries' by their definition, and what stands after an utterance never changes them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,14 @@ def test_spans_cover_the_share_that_their_starts_promise():
     assert int(lengths[:-1].min()) < 11 and int((lengths == 10).sum()) > 20
     assert span_mask(valid, 0.0, 10, least=0).sum() == 0
     assert set(span_mask(valid, 0.0, 2)[:3].sum(1).tolist()) <= {1, 2}
+
+
+def test_tables_stay_exact_whatever_a_model_is_cast_to():
+    mel, (audio, valid) = LogMel(num_mels=40, norm="global", mean=-4.2, std=[3.3] * 40), waves()
+    wanted, real = mel(audio, valid)
+    for cast in (copy.deepcopy(mel).to(torch.bfloat16), torch.nn.Sequential(mel).half()[0], copy.deepcopy(mel).float()):
+        assert {table.dtype for table in cast.buffers()} == {torch.float64} and float(cast.mean) == -4.2
+        assert torch.equal(cast(audio, valid)[0], wanted)
+    moved = mel.to("meta", torch.bfloat16)
+    assert all(table.is_meta and table.dtype == torch.float64 for table in moved.buffers())
+    assert real.any() and moved.to_empty(device="cpu").window.shape == (400,)

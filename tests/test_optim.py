@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from ssl_lab.backbones.vit import ViT
+from ssl_lab.backbones.wav2vec2 import Wav2Vec2
 from ssl_lab.errors import UserError
+from ssl_lab.methods.rnnt import RNNT
+from ssl_lab.nn.waveform import ConvFeatures, ConvPositions
 from ssl_lab.rng import fold, uniform
 from ssl_lab.schedules import Constant, Cosine, Linear, Warmup
 from ssl_lab.train.optim import Optim
@@ -170,3 +173,16 @@ def test_draws_belong_to_seed_and_position():
     assert draws.mean(0) == pytest.approx(0.5, abs=0.02) and draws.var(0) == pytest.approx(1 / 12, abs=0.01)
     assert torch.corrcoef(torch.cat([draws, draws.roll(1, 0)], 1).T).fill_diagonal_(0).abs().max() < 0.06
     assert fold(0, 1, 2) != fold(0, 2, 1) and 0 <= fold(-1, 5) < 2**63
+
+
+def test_layer_decay_of_speech():
+    """wav2vec 2.0's convolutions and projection are its stem; a transducer's embedding belongs to the head."""
+    front = ConvFeatures(8000, 8, kernels=(10, 3), strides=(5, 4))
+    encoder = Wav2Vec2(16, 2, 2, front=front, positions=lambda dim: ConvPositions(dim, 6, 2))
+    method = RNNT(encoder, 5)
+    optimizer = Optim(lr=1.0, warmup=0.0, layer_decay=0.5).build(method.named_parameters(), 256)
+    rates = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    stem = [encoder.front, encoder.feature_norm, encoder.proj, encoder.positions, encoder.embed_norm]
+    assert {rates[p] for part in stem for p in part.parameters()} == {0.125}
+    assert [{rates[p] for p in block.parameters()} for block in encoder.blocks] == [{0.25}, {0.5}]
+    assert {rates[p] for p in method.transducer.parameters()} == {1.0}

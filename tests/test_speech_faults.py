@@ -6,9 +6,11 @@ import math
 import datasets
 import numpy as np
 import pytest
-from sounds import encoded, sine, wav
+from sounds import RATE, encoded, sine, wav
 
 from ssl_lab.cli.main import main
+from ssl_lab.data.audio import Clips
+from ssl_lab.data.audio_tokenizer import trained
 
 soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
 pytest.importorskip("soxr", reason="needs soxr")
@@ -146,3 +148,17 @@ def test_weights_that_are_no_numbers_are_told(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["transcribe", f"ckpt={out}", f"audio={tmp_path / 'a.wav'}"]) == 2
     assert "diverged" in capsys.readouterr().err
+
+
+def test_transcripts_in_memory_are_of_what_is_heard(tmp_path):
+    rows = [
+        (name, b"no sound" if i in (5, 9) else data, f"{'ab' * i}a", "test" if i == 12 else "train")
+        for i, (name, data, _, _) in enumerate(good(13))
+    ]
+    path = table(tmp_path, rows)
+    found = Clips(path, trained(str(path)), sampling_rate=RATE, in_memory=True)
+    samples = found.read(range(12))
+    heard = samples.rows.tolist()
+    assert [i for i in range(12) if heard[i] != i] == [5, 9]
+    assert found.transcripts(range(12)) == samples.data.transcripts == [rows[row][2] for row in heard]
+    assert found.transcripts(heard) == samples.data.transcripts

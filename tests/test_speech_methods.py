@@ -1,18 +1,31 @@
 """CTC and BEST-RQ: their losses by hand, rows without an alignment, padding, and what is told in a line."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vectors import FakeData, clusters, run
 
+from ssl_lab.backbones.ast import AST
 from ssl_lab.backbones.conformer import Conformer
+from ssl_lab.backbones.wav2vec2 import Wav2Vec2 as Waves
 from ssl_lab.errors import UserError
+from ssl_lab.evals.crop_scale import CropScale
+from ssl_lab.evals.finetune import Finetune
 from ssl_lab.generation.ctc import greedy
 from ssl_lab.losses.ctc import frames_needed, packed
+from ssl_lab.methods.audio_classification import AudioClassification
 from ssl_lab.methods.best_rq import BestRQ
 from ssl_lab.methods.ctc import CTC
+from ssl_lab.methods.rnnt import RNNT
+from ssl_lab.methods.supervised import Supervised
+from ssl_lab.methods.wav2vec2 import Wav2Vec2
 from ssl_lab.nn.conv import ConvSubsampling
 from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.waveform import ConvFeatures, ConvPositions
+from ssl_lab.train.optim import Optim
 from ssl_lab.types import Encoded
 
 
@@ -127,3 +140,106 @@ def test_best_rq_tells_the_codes_of_tokens_that_are_hidden_whole(codebooks):
     assert step.logs["masked"] == pytest.approx(len(at) / (3 * 14))
     nothing = method.predict(features, valid, torch.zeros_like(hidden), noise)
     assert nothing.loss == 0
+
+
+def conformer():
+    stem = functools.partial(ConvSubsampling, channels=4)
+    return Conformer(16, 1, 2, front=LogMel(8000, 16), stem=stem)
+
+
+def ast():
+    return AST(16, 1, 2, front=LogMel(8000, 32, norm="global", mean=-5.0, std=4.0), frames=64)
+
+
+def waves():
+    front = ConvFeatures(8000, 8, kernels=(10, 3), strides=(5, 4))
+    return Waves(16, 1, 2, front=front, positions=lambda dim: ConvPositions(dim, 6, 2))
+
+
+@pytest.mark.parametrize("encoder", [conformer, ast, waves], ids=lambda x: x.__name__)
+def test_weights_may_be_bf16(encoder):
+    torch.manual_seed(0)
+    batch = speech() | {"target": torch.tensor([0, 2, 1])}
+    batch["audio"] = batch["audio"].float()
+    method = AudioClassification(encoder(), 3, augment=None).to(torch.bfloat16)
+    loss = method.step(batch, 0.5).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+    if encoder is not ast:
+        method = CTC(encoder(), 7).to(torch.bfloat16)
+        assert method.step(batch, 0.5).loss.isfinite() and len(method.transcribe(batch)) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: BestRQ(waves()), "best_rq needs a Conformer, not a Wav2Vec2: choose backbone=conformer_small"),
+        (lambda: BestRQ(ast()), "best_rq needs a Conformer, not a AST: choose backbone=conformer_small"),
+        (lambda: Wav2Vec2(conformer()), "needs a wav2vec 2.0, not a Conformer: choose backbone=wav2vec2_small"),
+        (lambda: CTC(ast(), 7), "ctc needs .* AST .* choose backbone=conformer_small"),
+        (lambda: RNNT(ast(), 7), "rnnt needs .* AST .* choose backbone=conformer_small"),
+    ],
+)  # fmt: skip
+def test_another_encoder_is_refused_in_a_line(make, told):
+    with pytest.raises(UserError, match=told):
+        make()
+
+
+class Normed(nn.Module):
+    """Sound or images -> one token, with statistics that run and units that drop."""
+
+    dim = 8
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.blocks = nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x, *, valid=None, tokens=True):
+        tokens = self.dropout(self.norm(self.blocks[0](x.flatten(1)[:, :8])))[:, None]
+        return Encoded(tokens, tokens[:, :0], has_cls=False)
+
+
+@pytest.mark.parametrize(("cls", "key"), [(AudioClassification, "audio"), (Supervised, "image")])
+def test_a_frozen_encoder_runs_as_for_evaluation(cls, key):
+    torch.manual_seed(0)
+    method = cls(Normed(), 3, freeze_encoder=True, pooling="mean").train()
+    shape = (6, 8) if key == "audio" else (6, 2, 2, 2)
+    batch = {key: torch.randn(shape), "target": torch.tensor([0, 1, 2] * 2)}
+    with torch.no_grad():
+        method.head.weight.normal_()
+    losses = [method.step(batch, 0.5).loss for _ in range(2)]
+    assert torch.equal(*losses) and method.head.training
+    assert method.encoder.norm.num_batches_tracked == 0 and not method.encoder.norm.running_mean.any()
+
+
+class Sounds(FakeData):
+    """The same vectors as sound."""
+
+    def eval_loader(self, split, limit=None):
+        return map(self.heard, super().eval_loader(split, limit))
+
+    def train_dataloader(self):
+        return map(self.heard, super().train_dataloader())
+
+    @staticmethod
+    def heard(batch):
+        batch["audio"] = batch.pop("image")
+        return batch
+
+
+class Hears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Normed()
+
+    def embed(self, batch):
+        return self.encoder(batch["audio"]).pooled("mean")
+
+
+def test_sound_is_fine_tuned_on_and_not_cropped(capsys):
+    torch.manual_seed(0)
+    data = Sounds(*clusters(noise=0.02))
+    found = run(Finetune(Optim(lr=1e-2), steps=60), data, Hears())
+    assert found["top1"] > 60
+    assert run(CropScale(scales=(0.5,)), data, Hears()) == {}
+    assert "a crop needs images" in capsys.readouterr().out

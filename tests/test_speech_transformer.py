@@ -166,3 +166,9 @@ def test_mistakes_say_what_to_do():
     with pytest.raises(UserError, match="transcripts"):
         Seq2Seq(own).step({"audio": torch.zeros(1, 2400)}, 0.5)
     assert Waves(32, 4, 10).added(torch.arange(10)).shape == (10, 32)
+
+
+def test_weights_may_be_bf16():
+    model = ours().to(torch.bfloat16)
+    assert model.encode(features().float()).tokens.dtype == torch.bfloat16
+    assert model.encode(torch.randn(2, 4000)).tokens.isfinite().all()

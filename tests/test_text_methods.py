@@ -98,6 +98,14 @@ def test_classification_is_transformers_and_leaves_out_rows_without_a_class():
         TextClassification(encoder, 0)
 
 
+def test_a_frozen_text_encoder_drops_nothing():
+    encoder = TextEncoder(VOCAB, 16, 2, 2, dropout=0.5)
+    method = TextClassification(encoder, 3, dropout=0.0, freeze_encoder=True).train()
+    given = {"tokens": torch.randint(1, VOCAB, (4, 6)), "target": torch.tensor([0, 1, 2, 0])}
+    losses = [method.step(given, 0.5).loss for _ in range(2)]
+    assert torch.equal(*losses) and method.head.training and not encoder.training
+
+
 def test_span_qa_is_transformers():
     theirs, encoder = bert(transformers.BertForQuestionAnswering)
     method = SpanQA(encoder).double().eval()

@@ -38,6 +38,9 @@ class SpectrogramPatches(PatchEmbed):
         cut = x[:, 0].unfold(1, self.patch_size, self.stride).unfold(2, self.patch_size, self.stride)
         return cut.flatten(3).flatten(1, 2), (cut.shape[1], cut.shape[2])
 
+    def forward(self, patches: Tensor) -> Tensor:
+        return super().forward(patches.to(self.proj.weight.dtype))  # log-mels are exact, weights may be bf16
+
 
 class AST(ViT):
     """Waveforms (B, S) or features (B, T, F) -> `Encoded`: log-mels, patches, positions, ViT.

@@ -53,7 +53,7 @@ class GatedSubsampling(nn.Module):
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, T, F) and their valid frames (B, T) bool, all by default -> (B, T', D) and (B, T') bool."""
-        x = features.transpose(1, 2)
+        x = features.to(self.conv1.weight.dtype).transpose(1, 2)  # log-mels are exact, weights may be bf16
         lengths = features.new_full((len(x),), x.shape[2], dtype=torch.int64) if valid is None else valid.sum(1)
         real = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
         for conv in (self.conv1, self.conv2):

@@ -64,7 +64,7 @@ class Tower(nn.Module):
                 nn.init.zeros_(self.projection.bias)
         if frozen:
             for part in self._held():
-                part.requires_grad_(False)
+                part.requires_grad_(False).eval()  # a run may begin without anybody calling `train`
 
     def forward(self, x: Tensor, *, valid: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """(B, E), not normalised; arguments as `features`."""

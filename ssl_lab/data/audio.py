@@ -77,11 +77,11 @@ class Clips(EncodedSamples):
         table = open_pairs(str(path), split, *columns, medium=AUDIO, optional=tokenizer is None)
         super().__init__(table, str(path), split, bad_samples=bad_samples)
         self.sampling_rate = sampling_rate
+        self._samples: Tensor | None = None  # all clips, one after another
+        self._ends = self._rows = torch.empty(0)  # where each ends, and which is read for each row
         self.encode = None if tokenizer is None else TranscriptEncoder(tokenizer, end=end)
         if self.encode is not None:
             self.encode.check(self._all_transcripts(), str(path))
-        self._samples: Tensor | None = None  # all clips, one after another
-        self._ends = self._rows = torch.empty(0)  # where each ends, and which is read for each row
         if in_memory is True or (in_memory == "auto" and self._fits()):
             self._decode_all(must=in_memory is True)
 
@@ -118,7 +118,12 @@ class Clips(EncodedSamples):
         return Samples(data, self.table.labels(used), used)
 
     def transcripts(self, rows: Sequence[int]) -> list[str]:
-        """The transcript of each of these rows; without any, the name of its class, or nothing."""
+        """The transcript of each of these rows; without any, the name of its class, or nothing.
+
+        Where clips are held in memory and another one stands in for an unreadable row, it is that one's transcript.
+        """
+        if self._samples is not None:
+            rows = self._rows[list(rows)].tolist()
         texts = [found[0] if found else "" for found in self.table.captions(rows)]
         if not self.classes:
             return texts

@@ -56,6 +56,8 @@ class CropScale(Common):
         for scale in self.scales:
 
             def cropped(batch: Batch, scale: float = scale) -> Tensor:
+                if "image" not in batch:
+                    raise Skip("a crop needs images")
                 return embed({**batch, "image": centre(batch["image"], scale)})
 
             found = round.features("test", self.limit) if scale == 1 else round.extract(cropped, "test", self.limit)

@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab import dist
+from ssl_lab.backbones.hear import SpeechEncoder, hear
 from ssl_lab.backbones.read import read
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy, moved
@@ -20,7 +21,7 @@ from ssl_lab.types import Batch, Embeds, Encoded, Pooling
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling, linear head that starts at 0: a batch of images or text -> logits (B, classes)."""
+    """Encoder, pooling, linear head that starts at 0: a batch of images, text or sound -> logits (B, classes)."""
 
     def __init__(self, encoder: nn.Module, dim: int, classes: int, pooling: Pooling | None) -> None:
         super().__init__()
@@ -31,9 +32,16 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, classes)."""
-        encoded: Encoded = read(self.encoder, batch) if "tokens" in batch else self.encoder(image_of(batch))
-        out: Tensor = self.head(encoded.pooled(self.pooling))
+        out: Tensor = self.head(self._encoded(batch).pooled(self.pooling))
         return out
+
+    def _encoded(self, batch: Batch) -> Encoded:
+        if "audio" in batch:
+            return hear(cast(SpeechEncoder, self.encoder), batch)
+        if "tokens" in batch:
+            return read(self.encoder, batch)
+        encoded: Encoded = self.encoder(image_of(batch))
+        return encoded
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def in_chunks(emit: Callable[[Tensor], Tensor], audio: Tensor, *, step: int, chu
     size, parts, done, start = (kept + shared) * step, list[Tensor](), 0, 0
     while True:
         last = start * step + size >= len(audio)
+        if last:  # it begins earlier, to be as long as the others: features are normalised over a chunk
+            start = -(-(len(audio) - size) // step)
         frames = emit(audio[start * step : start * step + size])
         until = len(frames) if last else kept + shared // 2
         if len(frames) < until:

@@ -70,10 +70,11 @@ class Recogniser:
         if not frames.isfinite().all():
             raise UserError("the weights give values that are no numbers: take an earlier checkpoint")
         if (decode := getattr(method, "decode", None)) is not None:
-            if _silent(audio):
+            heard, at = frames[frames[:, -1] > 0, :-1], frames[:, -1].nonzero()[:, 0].tolist()
+            if _silent(audio) or not at:
                 return [], []
-            found: tuple[list[int], list[tuple[int, int]]] = decode(frames, num_beams=self.beam.width)
-            return found
+            tokens, within = decode(heard, num_beams=self.beam.width)
+            return tokens, [(at[a], at[b]) for a, b in within]
         said, spans = list[int](), list[tuple[int, int]]()
         for start, end in pieces(frames, round(_SEARCHED / seconds), method.blank):
             part = frames[start:end]
@@ -86,10 +87,12 @@ class Recogniser:
         return said, spans
 
     def _frames(self, samples: Tensor) -> Tensor:
-        """(S,) -> (T, V) log probabilities on the CPU."""
+        """(S,) -> (T, V) on the CPU: log probabilities, or what `decode` takes and a column of 1 where it was heard."""
         log_probs, frames = self.method.emissions(self._batch(samples))
         found: Tensor = log_probs[0, : int(frames)].cpu()
-        if _silent(samples) and not hasattr(self.method, "decode"):
+        if hasattr(self.method, "decode"):
+            return torch.zeros_like(F.pad(found, (0, 1))) if _silent(samples) else F.pad(found, (0, 1), value=1.0)
+        if _silent(samples):
             found = torch.full_like(found, _SURE)
             found[:, self.method.blank] = 0.0
         return found
@@ -103,7 +106,8 @@ class Recogniser:
 
     def _batch(self, samples: Tensor) -> dict[str, Tensor]:
         parameter = next(self.method.parameters())
-        heard = samples[None].to(parameter.device, parameter.dtype)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)  # bf16 would spoil samples
+        heard = samples[None].to(parameter.device, dtype)
         return {"audio": heard, "audio_valid": torch.ones_like(heard, dtype=torch.bool)}
 
     def _long_enough(self, samples: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class NGram:
             if self.unknown is None:
                 return _NEVER_SEEN
             word = self.unknown
-        context = tuple(history[len(history) - self.order + 1 :] if self.order > 1 else ())
+        context = tuple(history[max(0, len(history) - self.order + 1) :])
         passed = 0.0
         while True:
             if (found := self.entries.get((*context, word))) is not None:

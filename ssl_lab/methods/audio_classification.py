@@ -21,7 +21,7 @@ class AudioClassification(Method):
         augment: of features in training, such as `SpecAugment`; None = none.
         dropout: before the head.
         label_smoothing: share of the target spread over all classes.
-        freeze_encoder: train the head alone.
+        freeze_encoder: train the head alone; the encoder then runs as for evaluation, without dropout.
 
     Raises:
         UserError: there are no classes.
@@ -44,10 +44,13 @@ class AudioClassification(Method):
         self.encoder, self.pooling, self.augment = encoder, pooling, augment
         self.dropout, self.label_smoothing = dropout, label_smoothing
         self.head = Linear(encoder.dim, num_classes)
+        self.freeze_encoder = freeze_encoder
         if freeze_encoder and isinstance(encoder, nn.Module):
             encoder.requires_grad_(False)
 
     def step(self, batch: Batch, progress: float) -> Step:
+        if self.freeze_encoder and isinstance(self.encoder, nn.Module):
+            self.encoder.eval()  # `train` reaches it too: nothing is dropped, and running statistics stay
         logits, target = self._scores(hear(self.encoder, batch, self.augment)), batch["target"]
         known = target >= 0
         labels = target.where(known, IGNORE)  # clips without a class are left out

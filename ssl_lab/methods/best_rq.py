@@ -31,7 +31,7 @@ class BestRQ(Method):
         noise: standard deviation of what stands in a hidden frame.
 
     Raises:
-        UserError: fewer than two codes.
+        UserError: fewer than two codes, or another encoder than a Conformer.
     """
 
     def __init__(
@@ -48,6 +48,11 @@ class BestRQ(Method):
         super().__init__()
         if num_codes < 2:
             raise UserError(f"num_codes={num_codes} leaves nothing to tell: take at least 2")
+        heard, given = getattr(encoder, "embed", None), getattr(encoder, "front", None)
+        if not (hasattr(heard, "receptive") and hasattr(given, "num_mels")):
+            raise UserError(
+                f"best_rq needs a Conformer, not a {type(encoder).__name__}: choose backbone=conformer_small"
+            )
         self.encoder, self.head = encoder, Linear(encoder.dim, codebooks * num_codes)
         self.mask_p, self.mask_length, self.noise = mask_p, mask_length, noise
         stem = encoder.embed

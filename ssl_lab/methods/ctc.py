@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ssl_lab.backbones.ast import AST
 from ssl_lab.backbones.hear import SpeechEncoder, hear
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
@@ -25,7 +26,7 @@ class CTC(Method):
         blank: its token; that of the padding in the data's tokenizers, 0.
 
     Raises:
-        UserError: no tokens besides the blank.
+        UserError: no tokens besides the blank, or an AST.
     """
 
     def __init__(
@@ -35,6 +36,11 @@ class CTC(Method):
         if vocab_size < 2 or not 0 <= blank < vocab_size:
             raise UserError(
                 f"vocab_size={vocab_size} with blank={blank} leaves nothing to write: take data with transcripts"
+            )
+        if isinstance(encoder, AST):
+            raise UserError(
+                "ctc needs a token for each frame, and those of an AST are patches in rows of equal frequency: choose "
+                "backbone=conformer_small"
             )
         self.encoder, self.augment, self.blank = encoder, augment, blank
         self.head = Linear(encoder.dim, vocab_size)

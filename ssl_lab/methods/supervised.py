@@ -23,7 +23,7 @@ class Supervised(Method):
         pooling: what the head sees, "cls" or "mean" of the normed tokens; None lets the backbone choose.
         label_smoothing: share of the target spread over all classes.
         mixup: makes timm's Mixup / CutMix from num_classes; None = off.
-        freeze_encoder: train the head alone.
+        freeze_encoder: train the head alone; the encoder then runs as for evaluation, without dropout.
 
     Raises:
         UserError: there are no classes.
@@ -50,10 +50,13 @@ class Supervised(Method):
         self.head = Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        self.freeze_encoder = freeze_encoder
         if freeze_encoder and isinstance(encoder, nn.Module):
             encoder.requires_grad_(False)
 
     def step(self, batch: Batch, progress: float) -> Step:
+        if self.freeze_encoder and isinstance(self.encoder, nn.Module):
+            self.encoder.eval()  # `train` reaches it too: nothing is dropped, and running statistics stay
         image, target = batch["image"], batch["target"]
         if self.mixup is None:
             logits = self.classify(batch)

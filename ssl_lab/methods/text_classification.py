@@ -21,7 +21,7 @@ class TextClassification(Method):
         pooling: what the head sees; None = the class token of an encoder, the last valid token of a decoder.
         dropout: before the last layer.
         label_smoothing: share of the target spread over all classes.
-        freeze_encoder: train the head alone.
+        freeze_encoder: train the head alone; the encoder then runs as for evaluation, without dropout.
 
     Raises:
         UserError: there are no classes.
@@ -42,10 +42,13 @@ class TextClassification(Method):
             raise UserError("there are no classes to learn: the data set has no labels; choose one with a label column")
         self.encoder, self.pooling, self.label_smoothing = encoder, pooling, label_smoothing
         self.head = PoolerHead(encoder.dim, num_classes, dropout=dropout)
+        self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             encoder.requires_grad_(False)
 
     def step(self, batch: Batch, progress: float) -> Step:
+        if self.freeze_encoder:
+            self.encoder.eval()  # `train` reaches it too: nothing is dropped
         logits, target = self.classify(batch), batch["target"]
         known = target >= 0
         labels = target.where(known, IGNORE)  # rows without a class are left out

@@ -35,7 +35,7 @@ class Wav2Vec2(Method):
         feature_grad: factor on the gradient of the convolutions, which else learn too fast.
 
     Raises:
-        UserError: fewer than two codes, or nothing to compare with.
+        UserError: fewer than two codes, nothing to compare with, or another encoder than a wav2vec 2.0.
     """
 
     def __init__(
@@ -57,6 +57,10 @@ class Wav2Vec2(Method):
         groups, entries = codes
         if groups < 1 or entries < 2 or negatives < 1:
             raise UserError(f"codes={list(codes)}, negatives={negatives}: there is nothing to tell apart")
+        if not (hasattr(encoder, "contextualise") and hasattr(encoder.front, "channels")):
+            raise UserError(
+                f"wav2vec2 needs a wav2vec 2.0, not a {type(encoder).__name__}: choose backbone=wav2vec2_small"
+            )
         self.encoder, self.mask_p, self.mask_length = encoder, mask_p, mask_length
         self.negatives, self.temperature, self.gumbel = negatives, temperature, tuple(gumbel)
         self.loss_weights, self.feature_grad = tuple(loss_weights), feature_grad

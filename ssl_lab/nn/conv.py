@@ -180,6 +180,7 @@ class ConvSubsampling(nn.Module):
         lengths = features.new_full((len(features),), features.shape[1], dtype=torch.int64)
         lengths = self.tokens(lengths if valid is None else valid.sum(1))
         features = F.pad(features, (0, 0, 0, max(0, self.receptive - features.shape[1])))
+        features = features.to(self.conv1.weight.dtype)  # log-mels are exact, also where the weights are bf16
         x = F.relu(self.conv2(F.relu(self.conv1(features[:, None]))))
         x = self.dropout(self.proj(x.permute(0, 2, 3, 1).flatten(2)))
         return x, torch.arange(x.shape[1], device=x.device) < lengths[:, None]

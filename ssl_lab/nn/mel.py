@@ -1,8 +1,8 @@
 """From waveforms to log-mel filterbanks, on the device that trains and with exact masks."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ class LogMel(nn.Module):
     """Waveforms (B, S) float -> log-mel energies (B, T, F) float32 and the frames (B, T) bool that are real.
 
     A frame is valid if its whole window lies in valid samples, so what follows an utterance never changes it; there are
-    T = (S - window) // hop + 1 of them. Invalid frames are 0. float64 in gives float64 out.
+    T = (S - window) // hop + 1 of them. Invalid frames are 0. float64 in gives float64 out. The tables stay float64
+    whatever a model is cast to.
 
     Args:
         sampling_rate: samples per second.
@@ -78,7 +79,9 @@ class LogMel(nn.Module):
                 f"two frequencies of a {window_ms} ms window at {sampling_rate} Hz: choose a smaller num_mels"
             )
         tables = {"window": window_shape(window, self.length, periodic=style != "kaldi"), "filters": filters}
-        tables |= {name: torch.as_tensor(value or 0.0).double() for name, value in (("mean", mean), ("std", std))}
+        tables |= {
+            name: torch.as_tensor(value or 0.0, dtype=torch.float64) for name, value in (("mean", mean), ("std", std))
+        }
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -95,6 +98,16 @@ class LogMel(nn.Module):
         at = torch.arange(features.shape[1], device=audio.device)
         real = at < self.frames(samples)[:, None]
         return self._normed(features, real[..., None]), real
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LogMel":
+        """As nn.Module, for `to` and its like, but the tables only change their place, not their dtype."""
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, table in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != table.dtype:
+                setattr(self, name, table.to(moved.device))
+        return self
 
     def frames(self, samples: Tensor) -> Tensor:
         """How many frames fit into so many samples; 0 if none does."""

@@ -72,6 +72,7 @@ class ConvFeatures(nn.Module):
         lengths = audio.new_full((len(audio),), audio.shape[1], dtype=torch.int64) if valid is None else valid.sum(1)
         if self.normalize:
             audio = _standardized(audio, lengths)
+        audio = audio.to(self.convs[0].get_parameter("weight").dtype)  # after the norm, which few bits would spoil
         x = F.pad(audio, (0, max(0, self.receptive - audio.shape[1])))[..., None]
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv1d)

@@ -13,6 +13,10 @@ from ssl_lab.errors import UserError
 from ssl_lab.schedules import Cosine, Linear, Schedule, as_schedule
 
 Named = Iterable[tuple[str, nn.Parameter]]
+_STEM = {
+    "patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm", "prompt",
+    "front", "feature_norm",
+}  # fmt: skip
 
 
 @dataclass
@@ -136,12 +140,16 @@ def _block(name: str) -> int:
 
 def _layer(name: str, depth: int) -> int:
     """0 for the stem, i + 1 for block i, depth + 1 for what follows."""
-    block = _block(name)
+    parts, block = name.split("."), _block(name)
+    if "transducer" in parts:  # its prediction network reads tokens, not what the encoder reads
+        return depth + 1
     if block >= 0:
         return block + 1
-    stem = ("patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm", "prompt")
+    # wav2vec 2.0 projects its features directly under the encoder; other parts have a proj of their own.
+    if "proj" in parts and parts[: parts.index("proj")][-1:] in ([], ["encoder"], ["backbone"]):
+        return 0
     # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
-    return 0 if name == "mask_token" or any(part in stem for part in name.split(".")) else depth + 1
+    return 0 if name == "mask_token" or not _STEM.isdisjoint(parts) else depth + 1
 
 
 @torch.no_grad()
