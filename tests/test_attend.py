@@ -90,6 +90,17 @@ def test_flex_equals_eager(mask):
         torch.testing.assert_close(out, attend(q, k, v, mask, kernel="eager"), atol=1e-5, rtol=0)
 
 
+def test_padding_of_as_many_rows_as_queries_is_each_rows_own():
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(L, H, L, DH, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
+    mask = AttnMask(valid=torch.arange(L)[None] < torch.arange(1, L + 1)[:, None])
+    outs = [attend(q, k, v, mask, kernel=kernel) for kernel in ("eager", "sdpa")]
+    weight = torch.randn(outs[0].shape, generator=g, dtype=torch.float64)
+    grads = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in outs]
+    assert torch.allclose(*outs, rtol=0, atol=1e-12)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_queries_are_the_last_positions(kernel):
     """With a cache the L queries are the last of S: the same rows as in the whole."""

@@ -127,6 +127,20 @@ def test_padding_takes_no_room():
     assert torch.equal(out, again) and torch.equal(aux, layer.aux) and out[1, 7:].abs().sum() == 0
 
 
+def test_room_of_an_expert_does_not_depend_on_padding():
+    layer = spread(SwitchFFN(D, E, 16, jitter=0.0, capacity=1.25, eval_capacity=1.25)).eval()
+    with torch.no_grad():
+        layer.router.copy_(torch.zeros_like(layer.router))  # all take the first expert
+    x = tokens()
+    alone = layer(x, Context())
+    padded = torch.cat([x, torch.randn(2, 3 * L, D, dtype=torch.float64)], 1)
+    valid = torch.arange(4 * L)[None].expand(2, -1) < L
+    assert gap(layer(padded, Context(mask=AttnMask(valid=valid)))[:, :L], alone) < 1e-12
+    assert (alone == 0).all(-1).sum() == 2 * (L - 1)  # 1.25 * 12 / 8: room for one
+    nobody = Context(mask=AttnMask(valid=torch.zeros(2, L, dtype=torch.bool)))
+    assert not layer(x, nobody).any()
+
+
 def test_jitter_is_for_training_and_for_the_router_alone():
     torch.manual_seed(0)
     layer = spread(SwitchFFN(D, E, 16, jitter=0.5, capacity=None, eval_capacity=None)).train()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from training import TINY, results, rows, run
 
 from ssl_lab.cli.main import main
@@ -151,3 +152,34 @@ def test_no_connection_to_wandb_is_no_reason_to_fail(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert rows(out)[-1]["step"] == "2"
+
+
+def test_a_run_in_bf16_alone_ends_in_bf16_and_so_does_its_repetition(tmp_path):
+    words = [*TINY, "trainer.precision=bf16-true", "eval=[collapse]", "duration=2steps", f"out={tmp_path / 'run'}"]
+    found = []
+    for again in range(2):
+        log = tmp_path / f"log{again}"
+        assert run(words, log=log) == 0, log.read_text()
+        state = load_file(tmp_path / "run/last.safetensors")
+        assert {value.dtype for value in state.values()} == {torch.bfloat16}
+        found.append((state, results(tmp_path / "run")))
+    assert found[0][1] == found[1][1] and all(torch.equal(found[0][0][k], v) for k, v in found[1][0].items())
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["ema=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-mixed"),
+        (["ema=abc"], "ema=abc"),
+        (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9]"),
+        (["optim.betas=[1.5,2]"], "optim.betas=[1.5, 2"),
+        (["optim.warmup=2"], "optim.warmup=2"),
+        (["optim.layer_decay=0"], "optim.layer_decay=0"),
+        (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(tmp_path, capsys, words, why):
+    assert main([*TINY, f"out={tmp_path / 'run'}", *words]) == 2
+    told = capsys.readouterr().err
+    assert why in told and "Traceback" not in told and told.strip().count("\n") == 0

@@ -95,6 +95,8 @@ class Training:
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
+        if self.ema is not None and str(cfg.trainer.precision).endswith("16-true"):
+            raise UserError(f"ema={cfg.ema} moves by less than 16 bits tell: set trainer.precision=bf16-mixed")
         self.trainer = self._trainer()
         if (float8 := self.method.parallel.float8) is not None:
             float8.require(self.method, self.trainer.strategy.root_device, self.trainer.precision)
@@ -111,7 +113,9 @@ class Training:
         self.say(*heading(self.cfg, self.method, self.data, self.trainer, self.steps, self.standing))
         if self.standing.path is not None and self.standing.step >= self.steps:
             content = checkpoint.read(self.standing.path)
+            self.method.configure_model()
             self.method.load_state_dict(whole(content, self.base, self.standing.path))
+            self.trainer.precision_plugin.convert_module(self.method)
             return
         self.loggers.open()
         self.loggers.config(self.config)
@@ -220,15 +224,16 @@ class Training:
 
     def _draw(self) -> dict[str, Tensor]:
         """What the method makes of some test images, and its patch features as colours."""
-        batch = moved(next(iter(self.data.eval_loader("test", _SHOWN))), self.method.device)
+        precision = self.trainer.precision_plugin
+        batch = precision.convert_input(moved(next(iter(self.data.eval_loader("test", _SHOWN))), self.method.device))
         drawn: dict[str, Tensor] = {}
         if "audio" in batch and "image" not in batch:
-            found = drawn_alignments(self.method, self.data, self.trainer.precision_plugin.forward_context)
+            found = drawn_alignments(self.method, self.data, precision.forward_context)
             return drawn if found is None else {"alignment": found}
         if "image" not in batch:
             return drawn
         stats = STATS[self.data.eval_views.stats]
-        with self.trainer.precision_plugin.forward_context():
+        with precision.forward_context():
             if (pictures := getattr(self.method, "pictures", None)) is not None:
                 columns = pictures(batch)
                 drawn["reconstruction"] = side_by_side({k: unnormalize(v, *stats) for k, v in columns.items()})

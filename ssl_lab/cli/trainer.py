@@ -48,6 +48,10 @@ def make_trainer(
     require_precision(node.precision, node.accelerator)
     if node.log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={node.log_every_n_steps}: give 1 or more optimizer steps")
+    if node.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={node.accumulate_grad_batches}: give 1 or more batches a step"
+        )
     plugins: list[Any] = [CheckpointFiles(keep, base, background=background)]
     try:
         if (

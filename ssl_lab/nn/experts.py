@@ -85,7 +85,8 @@ class Experts(nn.Module):
         order = flat.argsort(stable=True)
         counts: list[int] = torch.bincount(flat, minlength=len(self.up)).tolist()
         out = self(x[order // chosen.shape[1]], counts)
-        out = out[order.argsort()].view(*chosen.shape, -1)  # a permutation: sums in a fixed order on every device
+        out = out[order.argsort()]  # a permutation: sums in a fixed order on every device
+        out = out.view(*chosen.shape, out.shape[-1])
         return (out * weights[..., None].to(out.dtype)).sum(1)
 
 

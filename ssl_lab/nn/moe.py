@@ -81,7 +81,8 @@ class SwitchFFN(Mixture):
         place = assigned.cumsum(1).gather(2, chosen[..., None])[..., 0]
         kept = assigned.any(-1)
         if capacity is not None:
-            kept = kept & (place <= max(1, int(capacity * assigned.shape[1] / self.num_experts)))
+            tokens = assigned.sum((1, 2))  # of each sample, without its padding
+            kept = kept & (place <= (capacity * tokens.double() / self.num_experts).long().clamp(min=1)[:, None])
         return kept
 
     def _losses(self, logits: Tensor, probabilities: Tensor, assigned: Tensor, valid: Tensor | None) -> Tensor:

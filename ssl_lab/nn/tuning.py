@@ -42,6 +42,7 @@ class Tuning:
         """
         done: dict[str, str] = {}
         paths = networks(method) if self.parts is None else self.parts
+        paths = [paths] if isinstance(paths, str) else paths
         names = [name for path in paths for name, _ in _part(method, path).named_parameters()]
         for setting in ("also", "learn"):
             require_fit(getattr(self, setting, ()), names, f"tuning.{setting}")
@@ -129,6 +130,7 @@ def share(module: nn.Module) -> str:
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """Whether a dotted name, or an end of it that begins after a dot, fits one of the shell patterns."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
 
 
@@ -138,7 +140,7 @@ def require_fit(patterns: Iterable[str], names: Sequence[str], what: str) -> Non
     Raises:
         UserError: with the words that the names are made of.
     """
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not any(fits(name, [pattern]) for name in names):
             ends = dict.fromkeys(re.sub(r"\b\d+\b", "*", name).split("blocks.*.")[-1] for name in names)
             there = ", ".join(list(ends)[:24]) or "none"

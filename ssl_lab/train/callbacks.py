@@ -53,17 +53,24 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 < decay < 1:
+        if not isinstance(decay, float | int) or not 0 < decay < 1:
             raise UserError(f"ema={decay} is no decay of an average: give a number between 0 and 1, such as 0.999")
         move = get_ema_multi_avg_fn(decay)
 
         def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Any) -> None:
-            move([*map(local, averages)], [*map(local, current)], count)  # of divided weights each rank moves its part
+            mine, now = [*map(local, averages)], [*map(local, current)]  # of divided weights each rank moves its part
+            if mine[0].is_floating_point():
+                move(mine, now, count)
+            else:  # counters, tables of places: an average of such means nothing
+                for before, after in zip(mine, now, strict=True):
+                    before.copy_(after)
 
         super().__init__(multi_avg_fn=average)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        if not pl_module.skipped:  # a step that was left out is none of the average's either
+        if pl_module.skipped:  # a step that was left out is none of the average's either, also after a resume
+            self._latest_update_step = trainer.global_step
+        else:
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     @contextlib.contextmanager

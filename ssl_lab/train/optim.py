@@ -58,6 +58,14 @@ class Optim:
             raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon, larc")
         if self.lr <= 0:
             raise UserError(f"optim.lr={self.lr} would teach nothing: give a rate above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={list(self.betas)}: give two numbers from 0 to below 1, such as [0.9,0.999]")
+        if self.eps < 0 or not 0 <= self.warmup <= 1:
+            raise UserError(f"optim.eps={self.eps}, optim.warmup={self.warmup}: eps is 0 or more, warmup a share")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay={self.layer_decay}: give a factor above 0 and up to 1, such as 0.75")
+        if isinstance(self.weight_decay, float | int) and self.weight_decay < 0:
+            raise UserError(f"optim.weight_decay={self.weight_decay} would make weights grow: give 0 or more")
         if self.schedule == "inverse_sqrt" and self.warmup <= 0:
             raise UserError("optim.schedule=inverse_sqrt falls from the end of the warm-up: set optim.warmup above 0")
         self._weight_decay = as_schedule(self.weight_decay)

@@ -80,7 +80,8 @@ def save(backbone: nn.Module, path: str | Path) -> None:
     """Write a safetensors file that `build` needs nothing else for; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    # copied: a file of safetensors has no two names for one tensor
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in backbone.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial, metadata={"format": "pt", HEADER: json.dumps(architecture(backbone))})
 

@@ -62,6 +62,8 @@ def refuses(case: Case, *, backend: Backend) -> str | None:
     """None when this backend can serve, else the reason."""
     if backend in ("efficient", "cudnn") and (reason := off_cuda(case)):
         return reason
+    if backend in ("flash", "cudnn") and case.v_dim not in (None, case.head_dim):
+        return f"its values are as wide as its keys, not {case.v_dim} beside {case.head_dim}"
     if backend in ("flash", "cudnn") and case.device.type == "cuda":
         plain = backend == "cudnn" or case.mask.plain
         return (
