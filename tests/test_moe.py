@@ -9,7 +9,7 @@ from torch import nn
 
 from ssl_lab.nn.block import Block, Context, Transformer
 from ssl_lab.nn.cache import KVCache
-from ssl_lab.nn.experts import aux_loss, balance_
+from ssl_lab.nn.experts import aux_loss, balance_, forget_
 from ssl_lab.nn.mask import CAUSAL, AttnMask
 from ssl_lab.nn.mla import MLA
 from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
@@ -262,3 +262,13 @@ def test_cached_decoding_equals_the_whole(recipe):
 def test_impossible_groups_are_named():
     with pytest.raises(ValueError, match="is impossible"):
         DeepSeekMoE(D, 8, top_k=3, num_groups=4, top_groups=1)
+
+
+def test_the_load_of_a_step_that_is_left_out_moves_no_bias():
+    layer = DeepSeekMoE(D, E, 16, top_k=2).train()
+    layer(tokens().float(), Context())
+    assert layer.load.any()
+    forget_(layer)
+    assert not layer.load.any()
+    balance_(layer)
+    assert not layer.bias.any()

@@ -120,6 +120,8 @@ def test_begin_from_another_checkpoint(finished, tmp_path, capsys):
     assert run(words, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert "from step 12" in (tmp_path / "log").read_text()
     assert [row["step"] for row in rows(out)] == ["13", "14"]
+    assert main([*words[:-2], f"out={tmp_path / 'faster'}", words[-1], "optim.lr=0.5"]) == 2
+    assert "optim.lr is" in capsys.readouterr().err
     words = [*words[:-2], f"out={tmp_path / 'other'}", words[-1], "method.encoder.dim=48"]
     assert main(words) == 2
     assert "does not fit" in capsys.readouterr().err

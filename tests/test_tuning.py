@@ -264,6 +264,23 @@ def test_mistakes_are_told_with_the_names_there_are():
         LoRA(rank=0)
 
 
+def test_one_pattern_needs_no_brackets():
+    one, same = made("vit"), made("vit")
+    LoRA(targets="qkv", parts="encoder")(one)
+    LoRA(targets=["qkv"], parts=["encoder"])(same)
+    assert [n for n, p in one.named_parameters() if p.requires_grad] == [
+        n for n, p in same.named_parameters() if p.requires_grad
+    ]
+    assert one.encoder.blocks[0].attn.fn.qkv.lora_a.shape == same.encoder.blocks[0].attn.fn.qkv.lora_a.shape
+
+
+def test_a_layer_that_shares_its_weight_is_not_tuned():
+    net = nn.Sequential(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)))
+    net[0][1].weight = net[0][0].weight
+    with pytest.raises(UserError, match="1 shares its weight"):
+        LoRA(targets=["1"], parts=["0"])(net)
+
+
 def test_the_share_is_told():
     method = made("vit")
     LoRA(rank=2)(method)

@@ -38,7 +38,8 @@ def standing(
     On another number of devices than before, the batches of each may be of another size.
 
     Raises:
-        UserError: `out` holds a run with other settings, or every checkpoint in it is damaged.
+        UserError: `out` holds a run with other settings, every checkpoint in it is damaged, or `start` goes on with
+            another optimizer.
     """
     path = checkpoint.find(out)
     facts = checkpoint.facts(path) if path else {}
@@ -49,7 +50,9 @@ def standing(
         path = checkpoint.find(start)
         if path is None:
             raise UserError(f"ckpt={start}: there is no checkpoint; give a .ckpt file or a run folder")
-        step = int(checkpoint.read(path, lazy=True).get("global_step", 0))
+        content = checkpoint.read(path, lazy=True)
+        step = int(content.get("global_step", 0))
+        _require_same_optimizer(path, content.get("config") or {}, config)
     if not step or path is None:
         return Standing(None, 0)
     before = checkpoint.facts(path).get("samples_per_step")
@@ -125,6 +128,17 @@ def require_same(
         told = "; ".join(f"{key}: {there.get(key, unset)} there, {here.get(key, unset)} here" for key in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"{out} holds a run with other settings: {told}{more}; give another out=, or remove the folder")
+
+
+def _require_same_optimizer(path: Path, former: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """The state of an optimizer holds its rates, so that those of the command would be ignored."""
+    there, here = (dict(_flat({"optim": each.get("optim")})) for each in (former, config))
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if former.get("optim") and differing:
+        raise UserError(
+            f"ckpt={path} goes on with its own optimizer, of which {differing[0]} is {there.get(differing[0])}, here "
+            f"{here.get(differing[0])}: leave it as it was, or begin from its weights alone (method...weights=)"
+        )
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:

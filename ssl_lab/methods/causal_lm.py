@@ -7,7 +7,7 @@ from ssl_lab.backbones.read import read, text_features
 from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
-from ssl_lab.nn.experts import balance_
+from ssl_lab.nn.experts import balance_, forget_
 from ssl_lab.types import Batch, Pooling, Step
 
 
@@ -32,6 +32,9 @@ class CausalLM(Method):
 
     def after_step(self, progress: float) -> None:
         balance_(self.decoder)
+
+    def after_skip(self) -> None:
+        forget_(self.decoder)
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L) float32 of every label, 0 where none is scored."""

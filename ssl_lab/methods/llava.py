@@ -14,7 +14,7 @@ from ssl_lab.generation.seeing import stream_seen
 from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import IGNORE, mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
-from ssl_lab.nn.experts import balance_
+from ssl_lab.nn.experts import balance_, forget_
 from ssl_lab.train import checkpoint
 from ssl_lab.train.base import KEY as BASE
 from ssl_lab.train.base import checksum
@@ -77,6 +77,9 @@ class LLaVA(Method):
 
     def after_step(self, progress: float) -> None:
         balance_(self.model.decoder)
+
+    def after_skip(self) -> None:
+        forget_(self.model.decoder)
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L') float32 of every label, L' with the tokens of the images; 0 where none is scored."""

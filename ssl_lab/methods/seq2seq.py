@@ -13,7 +13,7 @@ from ssl_lab.generation.beam import Beam, beam_search
 from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import IGNORE, mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
-from ssl_lab.nn.experts import balance_
+from ssl_lab.nn.experts import balance_, forget_
 from ssl_lab.types import Batch, Encoded, Step
 
 
@@ -56,6 +56,9 @@ class Seq2Seq(Method):
 
     def after_step(self, progress: float) -> None:
         balance_(self.model)
+
+    def after_skip(self) -> None:
+        forget_(self.model)
 
     def nll(self, batch: Batch) -> Tensor:
         """Nats (B, L) float32 of every label without smoothing, 0 where none is scored."""

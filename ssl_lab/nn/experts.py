@@ -38,6 +38,13 @@ def balance_(module: nn.Module) -> None:
             m.balance_()
 
 
+def forget_(module: nn.Module) -> None:
+    """Let all layers of experts leave out their load since the last call; in `after_skip`."""
+    for m in module.modules():
+        if isinstance(m, Mixture):
+            m.forget_()
+
+
 class Experts(nn.Module):
     """E feed-forward networks without biases, each applied to its own rows: (M, D) -> (M, D).
 
@@ -115,6 +122,9 @@ class Mixture(nn.Module):
 
     def balance_(self) -> None:
         """What is to be done after a step: nothing."""
+
+    def forget_(self) -> None:
+        """What is to be done after a step that is left out: nothing."""
 
     def _record(self, aux: Tensor | None) -> None:
         if not recomputing():

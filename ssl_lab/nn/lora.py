@@ -48,7 +48,7 @@ class LoRA(Tuning):
         """Put a `LoRALinear` in the place of every layer that is named.
 
         Raises:
-            UserError: a name that fits no layer.
+            UserError: a name that fits no layer, or a layer whose weight another one has, too.
         """
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         found = {name: (parent, parts) for name, parent, parts in _layers(network)}
@@ -59,6 +59,10 @@ class LoRA(Tuning):
             spans = [(0, base.out_features)] if fits(name, self.targets) else []
             spans = spans or [span for part, span in parts.items() if fits(_part_name(name, part), self.targets)]
             if spans:
+                if sum(p is base.weight for _, p in network.named_parameters(remove_duplicate=False)) > 1:
+                    raise UserError(
+                        f"tuning.targets: {name} shares its weight with another layer, which would change too"
+                    )
                 layer = LoRALinear(base, self.rank, spans)
                 layer.scale, layer.dropout = scale, Dropout(self.dropout)
                 setattr(parent, child, layer)

@@ -171,6 +171,10 @@ class DeepSeekMoE(Mixture):
         """Move the biases against the load since the last call: up where it is below the mean, down where above."""
         load = dist.all_reduce_sum(self.load.float())
         self.bias += self.bias_rate * (load.mean() - load).sign()
+        self.forget_()
+
+    def forget_(self) -> None:
+        """Count the load anew."""
         self.load.zero_()
 
     def _watch(self, affinity: Tensor, chosen: Tensor, valid: Tensor | None) -> None:
