@@ -59,8 +59,12 @@ def test_the_other_rank_does_not_wait_for_ever(tmp_path, fault):
 
 @pytest.mark.slow
 @pytest.mark.faults("C4", "2 ranks become 1, 1 becomes 2, the global batch the same: what one process learns")
-@pytest.mark.parametrize(("first", "then"), [(TWO, []), ([], TWO)], ids=["2 to 1", "1 to 2"])
-def test_the_number_of_ranks_changes(tmp_path, first, then):
+@pytest.mark.parametrize(
+    ("first", "then", "step"),
+    [(TWO, [], 4), ([], TWO, 4), (TWO, ["data.batch_size=4", "trainer.accumulate_grad_batches=2"], 3)],
+    ids=["2 to 1", "1 to 2", "2 to 1 that accumulates"],
+)
+def test_the_number_of_ranks_changes(tmp_path, first, then, step):
     whole, out = tmp_path / "whole", tmp_path / "out"
     words = [*PLAIN, "duration=8steps", "optim.name=sgd", "optim.lr=0.1"]
     finished([*words, f"out={whole}"])
@@ -70,19 +74,22 @@ def test_the_number_of_ranks_changes(tmp_path, first, then):
         "from ssl_lab.methods.supervised import Supervised\n"
         "class Leaving(Supervised):\n"
         "    def step(self, batch, progress):\n"
-        "        if self.global_step == 3 and dist.rank() == 0 and os.environ.get('LEAVE'):\n"
+        "        if self.global_step == int(os.environ.get('LEAVE', 0)) - 1 and dist.rank() == 0:\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "        return super().step(batch, progress)\n"
     )
     path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     words += ["method._target_=leaving.Leaving", f"out={out}"]
-    finished([*words, *first], code=75, LEAVE="1", **path)
-    assert find(out).name == "step=4.ckpt"
+    finished([*words, *first], code=75, LEAVE=str(step), **path)
+    assert find(out).name == f"step={step}.ckpt"
     finished([*words, *then], **path)
     a, b = (read(find(folder))["state_dict"] for folder in (whole, out))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6, msg=name)
-    losses = [[float(row["train/loss"]) for row in rows(folder)] for folder in (whole, out)]
+    told = (
+        step if then and "accumulate" in then[-1] else 8
+    )  # then what is logged is the loss of the last batch of a step
+    losses = [[float(row["train/loss"]) for row in rows(folder)][:told] for folder in (whole, out)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 

@@ -158,6 +158,13 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"samples_per_step": pl_module.samples_per_step, **self._extra}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the batches behind as those of this run: on other devices a step may be made of more or fewer."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = checkpoint["global_step"] * trainer.accumulate_grad_batches - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
+
     def save(self, trainer: L.Trainer) -> None:
         """Write the state as it is now, which must be that of a finished optimizer step."""
         self._before()
