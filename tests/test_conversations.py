@@ -265,8 +265,8 @@ def test_tables_of_questions_captions_and_classes(tmp_path):
         one.images[0]: (one.messages[1]["content"], source.question(row)) for row, one in enumerate(source.dialogues)
     }
     assert all(answer in ("ring", "star") for answer, _ in said.values())  # nobody said None
-    if 0 in said:  # not held out
-        assert said[0] == ("ring", ("what?", ("ring", "ring", "circle")))
+    assert said[0] == ("ring", ("what?", ("ring", "ring", "circle")))
+    assert len(source) + len(build.questions(tmp_path / "told.parquet", encode, split="test")) == 10
     nested = {"image": blobs, "questions": [["what?", "red?"]] * 12, "answers": [[["a", "b", "b"], ["no"]]] * 12}
     pq.write_table(pa.table(nested), tmp_path / "nested.parquet")
     assert build.questions(tmp_path / "nested.parquet", encode).question(0) == ("what?", ("b", "b", "a"))

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ssl_lab.backbones.ast import AST
 from ssl_lab.errors import UserError
 from ssl_lab.types import Batch, Encoded
 
@@ -41,3 +42,16 @@ def hear(encoder: SpeechEncoder, batch: Batch, augment: nn.Module | None = None)
         return encoder(audio, valid=valid)
     features, valid = encoder.front(audio, valid)
     return encoder(augment(features, valid), valid=valid)
+
+
+def require_frames(encoder: SpeechEncoder, method: str) -> None:
+    """Refuse an encoder whose tokens do not follow one another in time.
+
+    Raises:
+        UserError: an AST; the message begins with the name of the `method`.
+    """
+    if isinstance(encoder, AST):
+        raise UserError(
+            f"{method} needs a token for each frame, and those of an AST are patches in rows of equal frequency: "
+            "choose backbone=conformer_small"
+        )

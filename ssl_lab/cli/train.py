@@ -96,7 +96,7 @@ class Training:
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
         if self.ema is not None and str(cfg.trainer.precision).endswith("16-true"):
-            raise UserError(f"ema={cfg.ema} moves by less than 16 bits tell: set trainer.precision=bf16-mixed")
+            raise UserError(f"ema={cfg.ema} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
         self.trainer = self._trainer()
         if (float8 := self.method.parallel.float8) is not None:
             float8.require(self.method, self.trainer.strategy.root_device, self.trainer.precision)

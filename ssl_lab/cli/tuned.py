@@ -23,12 +23,15 @@ def tune(method: nn.Module, config: Mapping[str, Any]) -> Base | None:
     """Apply what `tuning` in a plain configuration says; what its checkpoints leave out, None where all learns.
 
     Raises:
-        UserError: a pattern that fits nothing, or a network that cannot be tuned so.
+        UserError: a pattern that fits nothing, a network that cannot be tuned so, or settings without a tuning.
     """
-    if not config.get("tuning"):
+    if not (tuning := config.get("tuning")):
         return None
+    if "_target_" not in tuning:
+        away = " ".join(f"'~tuning.{name}'" for name in tuning)
+        raise UserError(f"tuning=full has no settings, and there are {', '.join(tuning)}: take them away with {away}")
     torch.manual_seed(fold(int(config.get("seed", 0)), 1))
-    parts = build(OmegaConf.create(config["tuning"]))(method)
+    parts = build(OmegaConf.create(tuning))(method)
     return Base(method, parts, list(_weights(config["method"])))
 
 

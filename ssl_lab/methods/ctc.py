@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ssl_lab.backbones.ast import AST
-from ssl_lab.backbones.hear import SpeechEncoder, hear
+from ssl_lab.backbones.hear import SpeechEncoder, hear, require_frames
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
 from ssl_lab.losses.ctc import ctc_loss
@@ -37,11 +36,7 @@ class CTC(Method):
             raise UserError(
                 f"vocab_size={vocab_size} with blank={blank} leaves nothing to write: take data with transcripts"
             )
-        if isinstance(encoder, AST):
-            raise UserError(
-                "ctc needs a token for each frame, and those of an AST are patches in rows of equal frequency: choose "
-                "backbone=conformer_small"
-            )
+        require_frames(encoder, "ctc")
         self.encoder, self.augment, self.blank = encoder, augment, blank
         self.head = Linear(encoder.dim, vocab_size)
 

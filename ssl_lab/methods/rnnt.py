@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssl_lab.backbones.ast import AST
-from ssl_lab.backbones.hear import SpeechEncoder, hear
+from ssl_lab.backbones.hear import SpeechEncoder, hear, require_frames
 from ssl_lab.errors import UserError
 from ssl_lab.generation.rnnt import RNNTBeam, beam_search, greedy
 from ssl_lab.losses.ctc import packed
@@ -53,11 +52,7 @@ class RNNT(Method):
             )
         if max_symbols < 1:
             raise UserError(f"max_symbols={max_symbols} lets no frame write anything: take at least 1")
-        if isinstance(encoder, AST):
-            raise UserError(
-                "rnnt needs a token for each frame, and those of an AST are patches in rows of equal frequency: choose "
-                "backbone=conformer_small"
-            )
+        require_frames(encoder, "rnnt")
         self.encoder, self.augment, self.blank, self.max_symbols = encoder, augment, blank, max_symbols
         self.transducer = Transducer(encoder.dim, vocab_size, predictor=predictor, joint_dim=joint_dim, blank=blank)
 

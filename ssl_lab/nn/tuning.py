@@ -41,8 +41,7 @@ class Tuning:
             UserError: no such part, or a pattern that fits nothing.
         """
         done: dict[str, str] = {}
-        paths = networks(method) if self.parts is None else self.parts
-        paths = [paths] if isinstance(paths, str) else paths
+        paths = networks(method) if self.parts is None else _several(self.parts)
         names = [name for path in paths for name, _ in _part(method, path).named_parameters()]
         for setting in ("also", "learn"):
             require_fit(getattr(self, setting, ()), names, f"tuning.{setting}")
@@ -130,8 +129,7 @@ def share(module: nn.Module) -> str:
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """Whether a dotted name, or an end of it that begins after a dot, fits one of the shell patterns."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in _several(patterns))
 
 
 def require_fit(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
@@ -140,11 +138,16 @@ def require_fit(patterns: Iterable[str], names: Sequence[str], what: str) -> Non
     Raises:
         UserError: with the words that the names are made of.
     """
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _several(patterns):
         if not any(fits(name, [pattern]) for name in names):
             ends = dict.fromkeys(re.sub(r"\b\d+\b", "*", name).split("blocks.*.")[-1] for name in names)
             there = ", ".join(list(ends)[:24]) or "none"
             raise UserError(f"{what}: nothing fits {pattern!r}; there are {there}")
+
+
+def _several(words: Iterable[str]) -> list[str]:
+    """A single word, typed without brackets, is one of them and not its letters."""
+    return [words] if isinstance(words, str) else list(words)
 
 
 def _named(network: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:

@@ -59,8 +59,8 @@ class _Training(torch.autograd.Function):
         (B, H, L, Dh), (_, G, S, _) = q.shape, k.shape
         q, k, v = q.reshape(B * G, -1, Dh), k.flatten(0, 1), v.flatten(0, 1)
         plus = None if bias is None else bias.detach().reshape(B * G, -1, S)
-        one = hidden is not None and hidden.shape == (1, 1, L, S)  # padding (B, 1, 1, S) may have as many numbers
-        if hidden is not None and one and plus is None and G == H:  # one mask for all: a mere addend
+        # One mask for all is a mere addend. By its shape: padding (B, 1, 1, S) may have as many numbers.
+        if hidden is not None and hidden.shape == (1, 1, L, S) and plus is None and G == H:
             plus = q.new_zeros(1, L, S).masked_fill_(hidden.view(1, L, S), float("-inf"))
         scores = product(q, k.transpose(1, 2), alpha=scale, plus=plus, overwrite=overwrite and bias is not None)
         if hidden is not None and (bias is not None or plus is None):
