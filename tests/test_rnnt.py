@@ -7,10 +7,12 @@ import pytest
 import torch
 from test_speech_methods import Frames, speech
 
+from ssl_lab.backbones.hear import hear
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import CTCBeam
 from ssl_lab.generation.listen import Recogniser
 from ssl_lab.generation.rnnt import RNNTBeam, beam_search, greedy
+from ssl_lab.losses.ctc import ctc_loss
 from ssl_lab.losses.transducer import transducer_nll
 from ssl_lab.methods.rnnt import RNNT
 from ssl_lab.nn.transducer import LSTMPredictor, StatelessPredictor, Transducer
@@ -49,6 +51,19 @@ def test_the_loss_is_that_of_each_row_alone_per_token(method):
     step = method.step(batch, 0.5)
     torch.testing.assert_close(step.loss, total / 6)
     assert step.logs["too_short"] == 0
+
+
+def test_ctc_on_the_frames_stands_beside_it_and_changes_nothing_that_is_written():
+    batch, plain, both = speech(), toy(), toy(ctc_weight=0.3)
+    both.load_state_dict(plain.state_dict(), strict=False)
+    alone, step = plain.step(batch, 0.5), both.step(batch, 0.5)
+    logits = both.ctc_head(hear(both.encoder, batch).tokens)
+    valid = torch.arange(12) < torch.tensor([12, 9, 5])[:, None]
+    ctc = ctc_loss(logits, batch["labels"], valid)[0]
+    torch.testing.assert_close(step.loss, alone.loss + 0.3 * ctc, rtol=1e-12, atol=0)
+    torch.testing.assert_close([step.logs["transducer"], step.logs["ctc"]], [alone.loss, ctc], rtol=1e-12, atol=0)
+    assert step.logs["spoken"] == ((logits.argmax(-1) != 0) & valid).sum() / 26
+    assert both.transcribe(batch) == plain.transcribe(batch)
 
 
 def plain_greedy(net, heard, max_symbols):
@@ -171,6 +186,8 @@ def test_what_cannot_be_is_told():
         RNNT(Frames(), 1)
     with pytest.raises(UserError, match="at least 1"):
         RNNT(Frames(), 5, max_symbols=0)
+    with pytest.raises(UserError, match="0 or more"):
+        RNNT(Frames(), 5, ctc_weight=-0.1)
     with pytest.raises(UserError, match="transcripts"):
         toy().step({"audio": torch.zeros(1, 800)}, 0.5)
     with pytest.raises(UserError, match="vocab_size and blank"):

@@ -57,6 +57,16 @@ def ctc_nll(logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, blan
     return nll.where(fits, 0.0), fits
 
 
+def share_spoken(logits: Tensor, valid: Tensor | None = None, *, blank: int = 0) -> Tensor:
+    """Share of the frames (B, T, V) whose likeliest token is not the blank; 0 for long, while nothing else is learned.
+
+    `valid` as in `ctc_nll`; a float32 scalar.
+    """
+    said = logits.detach().argmax(-1) != blank
+    real = torch.ones_like(said) if valid is None else valid
+    return (said & real).sum() / real.sum().clamp(min=1)
+
+
 def per_token(nll: Tensor, labels: Tensor) -> Tensor:
     """Sum of `nll` (B,) over the number of tokens among `labels` (B, L) of all ranks; 0 where there are none.
 

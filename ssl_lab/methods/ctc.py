@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ssl_lab.backbones.hear import SpeechEncoder, hear, require_frames
 from ssl_lab.errors import UserError
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
-from ssl_lab.losses.ctc import ctc_loss
+from ssl_lab.losses.ctc import ctc_loss, share_spoken
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.linear import Linear
 from ssl_lab.types import Batch, Step
@@ -46,13 +46,7 @@ class CTC(Method):
         encoded = hear(self.encoder, batch, self.augment)
         logits = self.head(encoded.tokens)
         loss, too_long = ctc_loss(logits, batch["labels"], encoded.valid, blank=self.blank)
-        said = logits.detach().argmax(-1) != self.blank
-        real = torch.ones_like(said) if encoded.valid is None else encoded.valid
-        logs: dict[str, Tensor | float] = {
-            "too_long": too_long,
-            "spoken": (said & real).sum() / real.sum().clamp(min=1),  # 0 for long: nothing but blanks is learned
-        }
-        return Step(loss, logs)
+        return Step(loss, {"too_long": too_long, "spoken": share_spoken(logits, encoded.valid, blank=self.blank)})
 
     @torch.no_grad()
     def emissions(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from ssl_lab.backbones.hear import SpeechEncoder, hear, require_frames
 from ssl_lab.errors import UserError
 from ssl_lab.generation.rnnt import RNNTBeam, beam_search, greedy
-from ssl_lab.losses.ctc import packed
+from ssl_lab.losses.ctc import ctc_loss, packed, share_spoken
 from ssl_lab.losses.joint import joint_loss
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.transducer import LSTMPredictor, Predictor, Transducer
 from ssl_lab.types import Batch, Step
 
@@ -29,9 +30,12 @@ class RNNT(Method):
         augment: of features in training, such as `SpecAugment`; None = none.
         blank: the token that leads to the next frame; that of the padding in the data's tokenizers, 0.
         max_symbols: tokens that one frame may write when speech is written down.
+        ctc_weight: of a CTC loss on the encoder's frames that is added in training (arXiv:2201.05420): it makes the
+            encoder hear, where the transducer alone first learns long what is said at all and when. `train/spoken` is
+            the share of frames that its output does not leave blank. 0 = none.
 
     Raises:
-        UserError: no tokens besides the blank, frames that may write nothing, or an AST.
+        UserError: no tokens besides the blank, frames that may write nothing, a negative weight, or an AST.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class RNNT(Method):
         augment: nn.Module | None = None,
         blank: int = 0,
         max_symbols: int = 5,
+        ctc_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if vocab_size < 2 or not 0 <= blank < vocab_size:
@@ -52,9 +57,13 @@ class RNNT(Method):
             )
         if max_symbols < 1:
             raise UserError(f"max_symbols={max_symbols} lets no frame write anything: take at least 1")
+        if ctc_weight < 0:
+            raise UserError(f"ctc_weight={ctc_weight} would teach the encoder to be wrong: take 0 or more")
         require_frames(encoder, "rnnt")
         self.encoder, self.augment, self.blank, self.max_symbols = encoder, augment, blank, max_symbols
         self.transducer = Transducer(encoder.dim, vocab_size, predictor=predictor, joint_dim=joint_dim, blank=blank)
+        self.ctc_weight = ctc_weight
+        self.ctc_head = Linear(encoder.dim, vocab_size) if ctc_weight > 0 else None
 
     def step(self, batch: Batch, progress: float) -> Step:
         if "labels" not in batch:
@@ -63,7 +72,14 @@ class RNNT(Method):
         heard, said = net.heard(encoded.tokens), net.said(labels)
         weight, bias = net.out.weight, net.out.bias
         loss, too_short = joint_loss(heard, said, weight, bias, labels, encoded.valid, blank=self.blank)
-        return Step(loss, {"too_short": too_short})
+        logs: dict[str, Tensor | float] = {"too_short": too_short}
+        if self.ctc_head is not None:
+            logits = self.ctc_head(encoded.tokens)
+            aligned, _ = ctc_loss(logits, labels, encoded.valid, blank=self.blank)
+            logs |= {"transducer": loss.detach(), "ctc": aligned.detach()}
+            logs["spoken"] = share_spoken(logits, encoded.valid, blank=self.blank)
+            loss = loss + self.ctc_weight * aligned
+        return Step(loss, logs)
 
     @torch.no_grad()
     def emissions(self, batch: Batch) -> tuple[Tensor, Tensor]:
