@@ -37,6 +37,14 @@ def test_unlabelled_rows_do_not_count():
     assert {r.name: r.value for r in rows} == {"top1": 50.0}
 
 
+def test_a_head_of_fewer_classes_than_the_data_is_not_judged():
+    data = Rows([0, 1, 2, 3])
+    data.classes = ["a", "b", "c", "d"]
+    said = []
+    assert not run_all({"accuracy": Accuracy()}, Scores(), data, say=said.append)
+    assert "head tells 3 classes, and these data have 4" in said[0]
+
+
 def test_a_method_without_a_classifier_is_named():
     with pytest.raises(UserError, match="classify"):
         run_all({"accuracy": Accuracy()}, nn.Identity(), Rows([0, 1, 2, 0]))

@@ -77,6 +77,9 @@ def test_the_loader_starts_at_the_step_of_the_trainer(workers: int) -> None:
     later = [batch for batch, _ in zip(data.train_dataloader(), range(6), strict=False)]
     for a, b in zip(straight[24:], later, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "target", "index", "position"))  # type: ignore[literal-required]
+    for first, there in ((0, straight), (3, straight[3:])):
+        anew = next(iter(data.train_dataloader(first)))
+        assert torch.equal(anew["position"], there[0]["position"]) and torch.equal(anew["image"], there[0]["image"])
 
 
 class Recorder(L.LightningModule):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vectors import FakeData, Method, clusters, run
 
+from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round, Skip
 from ssl_lab.evals.finetune import Finetune
 from ssl_lab.evals.pixels import Pixels
@@ -40,3 +41,22 @@ def test_finetune_without_labels_or_encoder():
         Finetune(optim).run(Round(Method(), FakeData((x, y * 0 - 1), test)))
     with pytest.raises(Skip, match="Pixels has no encoder"):
         Finetune(optim).run(Round(Pixels(), FakeData((x, y), test)))
+
+
+def test_finetune_learns_from_the_few_rows_that_have_a_label():
+    (x, y), test = clusters(noise=0.1)
+    few = torch.where(torch.arange(len(y)) % 11 == 0, y, -1)  # one or two in a batch of 16, none in the last
+    few[-16:] = -1
+    values = run(Finetune(Optim(lr=1e-2), steps=60), FakeData((x, few), test), Method())
+    assert values["top1"] > 90
+    with pytest.raises(UserError, match="at least 1"):
+        Finetune(Optim(), steps=0)
+
+
+def test_a_mean_over_labels_is_what_torch_takes():
+    data, optim = FakeData(*clusters()), Optim(lr=1e-12, schedule="constant")
+    (x, y), test = clusters()
+    hidden = FakeData((x, y.where(torch.arange(len(y)) % 3 > 0, -1)), test)
+    for each in (data, hidden):  # all classes are as likely, so the mean is ln 4 however many are labelled
+        values = run(Finetune(optim, steps=8, label_smoothing=0.0), each, Method())
+        assert values["train/loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)

@@ -218,7 +218,7 @@ class Sounds(FakeData):
     def eval_loader(self, split, limit=None):
         return map(self.heard, super().eval_loader(split, limit))
 
-    def train_dataloader(self):
+    def train_dataloader(self, first=None):
         return map(self.heard, super().train_dataloader())
 
     @staticmethod

@@ -152,6 +152,17 @@ def test_the_method_learns_two_clips_by_heart_and_writes_them_down():
     assert gap(method.nll(batch).sum() / 7, right) <= 1e-6
 
 
+def test_a_transcript_is_no_longer_than_its_own_clip():
+    torch.manual_seed(0)
+    method = Seq2Seq(ours(), 0, end_token=END).eval()
+    audio = torch.randn(2, 2400, dtype=torch.float64)
+    with torch.no_grad():
+        method.model.decoder.norm.weight.zero_()  # every token is as likely, and the first is not the end
+    valid = torch.arange(2400) < torch.tensor([2400, 900])[:, None]
+    both = method.transcribe({"audio": audio, "audio_valid": valid})
+    assert len(both[0]) > len(both[1]) and both[1:] == method.transcribe({"audio": audio[1:, :900]})
+
+
 def test_mistakes_say_what_to_do():
     own = ours()
     with pytest.raises(UserError, match=r"2\.5 s is longer than the 2\.4 s"):

@@ -76,6 +76,10 @@ def test_f1_of_more_classes_is_their_mean():
     assert found["f1"] == pytest.approx(100 * (1 / 2 + 2 / 3 + 2 / 3) / 3)
     with pytest.raises(Skip):
         TextAccuracy().run(Round(Guesses(3), labelled([0], [-1])))
+    data = labelled([0, 1], [0, 1])
+    data.classes = ["bad", "fair", "good"]
+    with pytest.raises(Skip, match="head tells 2 classes, and these data have 3"):
+        TextAccuracy().run(Round(Guesses(2), data))
 
 
 class Labelled(Data):
@@ -83,7 +87,7 @@ class Labelled(Data):
 
     classes = ["one", "two"]
 
-    def train_dataloader(self):
+    def train_dataloader(self, first=None):
         return self.eval_loader("train")
 
     def on_after_batch_transfer(self, batch, dataloader_idx):

@@ -1,5 +1,6 @@
 """The one LightningDataModule: endless training data whose position follows from the step, ordered evaluation."""
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,8 +88,11 @@ class DataModule(L.LightningDataModule):
         """(C, H, W) of the images that the views give."""
         return 3, self.image_size, self.image_size
 
-    def train_dataloader(self) -> Loader:
-        """Endless batches with `image` or `views`, `target`, `index`, `position`, from the present step on."""
+    def train_dataloader(self, first: int | None = None) -> Loader:
+        """Endless batches with `image` or `views`, `target`, `index`, `position`.
+
+        They begin with batch number `first`, None = that of the trainer's present step.
+        """
         rank, world_size = self._place()
         views = None if self.augment_on_device else self.views
         source: Any = self._ordered(world_size)
@@ -97,7 +101,8 @@ class DataModule(L.LightningDataModule):
             source = source.without(reader.known_images)  # it keeps what it made of an image
         batches = TrainBatches(source, views, self.batch_size, self.seed, rank, world_size)
         self._fill(self.train)
-        return Loader(batches, self._numbers, self.num_workers)
+        numbers = self._numbers if first is None else functools.partial(itertools.count, first)
+        return Loader(batches, numbers, self.num_workers)
 
     def eval_loader(self, split: Literal["train", "test"], limit: int | None = None) -> Loader:
         """This rank's share of a split, once and in order, with `image`, `target`, `index`.

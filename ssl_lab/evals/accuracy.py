@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from ssl_lab.evals.base import Common, Round, accuracy
+from ssl_lab.evals.base import Common, Round, accuracy, require_head
 from ssl_lab.types import Classifies
 
 
@@ -22,4 +22,5 @@ class Accuracy(Common):
         """Percent of labelled test rows: top1, and top5 where there are more than 5 classes."""
         scored = round.extract(cast(Classifies, round.method).classify, "test", self.limit)
         test = round.only_labelled(scored, "test")
+        require_head(test.x, round.data.classes)
         return accuracy(test.x, test.y)

@@ -1,6 +1,6 @@
 """What an evaluator is, and the round in which evaluators share one extraction of features."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -30,8 +30,8 @@ class Data(Protocol):
         """This rank's share of a split, in order, without augmentation; `limit` rows of the split, evenly spread."""
         ...
 
-    def train_dataloader(self) -> Iterable[Batch]:
-        """The endless, augmented training stream."""
+    def train_dataloader(self, first: int | None = None) -> Iterable[Batch]:
+        """The endless, augmented training stream from batch number `first` on; None = where training stands."""
         ...
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -218,6 +218,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
+
+
+def require_head(scores: Tensor, classes: Sequence[str]) -> None:
+    """Raise `Skip` where scores (N, C) leave out some of the data's classes."""
+    if scores.shape[1] < len(classes):
+        raise Skip(f"the method's head tells {scores.shape[1]} classes, and these data have {len(classes)}")
 
 
 def accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:

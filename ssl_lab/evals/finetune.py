@@ -19,6 +19,8 @@ from ssl_lab.rng import fold
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch, Embeds, Encoded, Pooling
 
+_PATIENCE = 10_000  # rows of the stream, of which not one has a label: there is none, as far as one can tell
+
 
 class Classifier(nn.Module):
     """Encoder, pooling, linear head that starts at 0: a batch of images, text or sound -> logits (B, classes)."""
@@ -65,6 +67,10 @@ class Finetune(Common):
     seed: int = 0
     needs: ClassVar[type] = Embeds
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"eval.finetune.steps={self.steps} trains nothing: take at least 1, or leave finetune out")
+
     @property
     def protocol(self) -> dict[str, Any]:
         """Settings that the values depend on."""
@@ -98,19 +104,25 @@ class Finetune(Common):
         """Losses of the last tenth of the steps."""
         model.train()
         optimizer: torch.optim.Optimizer | None = None
-        losses, seen = [], 0
+        losses, seen, total = [], 0, 0.0
         for step, batch in zip(range(self.steps), endless(round), strict=False):
             y = batch["target"]
             if optimizer is None:
                 optimizer = self.optim.build(model.named_parameters(), len(y) * dist.world_size())
-            if not (y >= 0).any():
-                raise Skip("the training stream has no labels")
+            # labels may be few: ranks divide by their mean number, so averaged gradients are those of one rank
+            labelled = dist.all_reduce_mean((y >= 0).sum().float())
+            total += float(labelled)
+            if not total and seen >= _PATIENCE:
+                break
             self.optim.update(optimizer, step / self.steps)
             torch.manual_seed(fold(self.seed, step, dist.rank()))
             with torch.enable_grad():
                 with round.precision():
                     logits = model(batch)
-                loss = F.cross_entropy(logits.float(), y, ignore_index=-1, label_smoothing=self.label_smoothing)
+                nll = F.cross_entropy(
+                    logits.float(), y, ignore_index=-1, reduction="sum", label_smoothing=self.label_smoothing
+                )
+                loss = nll / labelled.where(labelled > 0, 1.0)
                 loss.backward()
             for p in model.parameters():
                 p.grad = None if p.grad is None else dist.all_reduce_mean(p.grad)
@@ -119,16 +131,18 @@ class Finetune(Common):
             seen += len(y) * dist.world_size()
             if step >= int(0.9 * self.steps):
                 losses.append(loss.detach())
+        if not total:
+            raise Skip("the training stream has no labels")
         round.samples["train"] = seen
         return [float(loss) for loss in losses]
 
 
 def endless(round: Round) -> Iterator[Batch]:
-    """Batches of the training stream on the method's device."""
+    """Batches of the training stream from its beginning, wherever training stands, on the method's device."""
     empty = False
     while not empty:
         empty = True
-        for batch in round.data.train_dataloader():
+        for batch in round.data.train_dataloader(first=0):
             empty = False
             yield round.data.on_after_batch_transfer(moved(batch, round.device), 0)
     raise UserError("the training stream is empty: nothing to fine-tune on; check data")

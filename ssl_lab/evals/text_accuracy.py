@@ -5,7 +5,7 @@ from typing import Any, ClassVar, cast
 
 from torchmetrics.functional.classification import binary_f1_score, multiclass_accuracy, multiclass_f1_score
 
-from ssl_lab.evals.base import Common, Round
+from ssl_lab.evals.base import Common, Round, require_head
 from ssl_lab.types import Classifies
 
 
@@ -24,6 +24,7 @@ class TextAccuracy(Common):
         """`accuracy` and `f1` in percent of the labelled test rows."""
         scored = round.extract(cast(Classifies, round.method).classify, "test", self.limit)
         test = round.only_labelled(scored, "test")
+        require_head(test.x, round.data.classes)
         guess, classes = test.x.argmax(1), test.x.shape[1]
         right = multiclass_accuracy(guess, test.y, classes, average="micro")
         f1 = binary_f1_score(guess, test.y) if classes == 2 else multiclass_f1_score(guess, test.y, classes)

@@ -82,7 +82,7 @@ class Seq2Seq(Method):
         return beams.tokens[:, 0]
 
     def transcribe(self, batch: Batch, *, num_beams: int = 1) -> list[list[int]]:
-        """Token ids of what is said in each row of `audio`, without the end; no more than its encoder has tokens.
+        """Token ids of what is said in each row of `audio`, without the end; no more than the encoder has tokens of it.
 
         Raises:
             UserError: the model was trained without an end token, and so never ends.
@@ -90,10 +90,14 @@ class Seq2Seq(Method):
         model = self.model
         if self.end_token is None or not isinstance(model, SpeechTransformer):
             raise UserError("this model writes down no speech: train a speech_transformer with data.train.end=true")
-        frames = int(model.front.frames(torch.tensor(batch["audio"].shape[1])))
-        longest = max(1, min(model.target_positions.max_length - 1, -(-frames // model.stem.stride)))
+        audio, valid = batch["audio"], batch.get("audio_valid")
+        samples = torch.full((len(audio),), audio.shape[1]) if valid is None else valid.sum(1).cpu()
+        heard = (-(-model.front.frames(samples) // model.stem.stride)).clamp(1, model.target_positions.max_length - 1)
+        longest = int(heard.max())
         found = self.translate(batch, self.end_token, num_beams=num_beams, alpha=1.0, max_tokens=longest)
-        return [_until(row, self.end_token) for row in found.tolist()]
+        # a row that does not end goes on beside a longer one, but not in its transcript
+        rows = zip(found.tolist(), heard.tolist(), strict=True)
+        return [_until(row[:length], self.end_token) for row, length in rows]
 
     def _source(self, batch: Batch, augment: nn.Module | None = None) -> Encoded:
         key = _key(self.model)
