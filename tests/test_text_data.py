@@ -199,6 +199,31 @@ def test_sentences_and_their_classes(tmp_path):
     assert len(other.read([0]).data) == 1
 
 
+def test_labels_that_a_split_or_some_rows_lack(tmp_path):
+    tokenizer = characters("abcd")
+    write(tmp_path / "a/train.parquet", {"text": ["a", "b", "c"], "label": [1, None, 0]})
+    write(tmp_path / "a/test.parquet", {"text": ["d"]})
+    train_split = Sentences(str(tmp_path / "a"), tokenizer)
+    assert train_split.classes == ["0", "1"] and train_split.targets.tolist() == [1, -1, 0]
+    for column in (None, "label"):
+        assert Sentences(str(tmp_path / "a"), tokenizer, split="test", label_column=column).targets.tolist() == [-1]
+    write(tmp_path / "b/train.parquet", {"text": ["a", "b"], "label": [0, 1]})
+    write(tmp_path / "b/test.parquet", {"text": ["d"], "label": pa.array([None], pa.int64())})
+    unlabelled = Sentences(str(tmp_path / "b"), tokenizer, split="test")
+    assert unlabelled.classes == ["0", "1"] and unlabelled.targets.tolist() == [-1]
+
+
+def test_names_of_classes_belong_to_their_column(tmp_path):
+    kinds = {"kind": ["x", "y", "z"], "label": ["no", "yes"]}
+    features = {name: {"_type": "ClassLabel", "names": names} for name, names in kinds.items()}
+    columns = {"text": ["a", "b"], "kind": [2, 0], "label": [1, 0]}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    path = write(tmp_path / "train.parquet", columns, metadata)
+    for column, names in kinds.items():
+        found = Sentences(path, characters("ab"), split=None, label_column=column)
+        assert found.classes == names and found.targets.tolist() == columns[column]
+
+
 def test_translations_are_aligned(tmp_path):
     path = write(tmp_path / "train.parquet", {"en": ["a", "bc", "", "d"], "de": ["aa", None, "x", "dd"]})
     pairs = Translations(path, characters("abcdx"), source="en", target="de", split=None)
@@ -324,7 +349,7 @@ def test_errors_name_the_thing_and_what_to_do(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nb\n')
     (tmp_path / "none").mkdir()
-    table = write(tmp_path / "t/train.parquet", {"en": ["a", "b"], "n": [1, 2], "label": [0.5, 1.5]})
+    table = write(tmp_path / "t/train.parquet", {"en": ["a", "b"], "n": [1, 2], "zeros": [0, 0], "label": [0.5, 1.5]})
     tokenizer = characters("abcdefghijklmnopqrstuvwxyz")
     cases = {
         "fewer than one row of length . 1 = 17": lambda: Blocks(str(file), tokenizer, length=16),
@@ -339,6 +364,7 @@ def test_errors_name_the_thing_and_what_to_do(tmp_path):
         "set columns to one or two": lambda: Sentences(table, tokenizer, split=None),
         "neither texts nor whole": lambda: Sentences(table, tokenizer, split=None, columns=["en"]),
         "holds int values": lambda: Sentences(table, tokenizer, split=None, columns=["n"], label_column="en"),
+        "zeros holds int values": lambda: Sentences(table, tokenizer, split=None, columns=["zeros"]),
         "is no table": lambda: Sentences(str(file), tokenizer),
         "no split 'tets'": lambda: Blocks(str(file), tokenizer, split="tets"),
         "leaves no room": lambda: Questions("captions", tokenizer, max_length=64),

@@ -44,7 +44,7 @@ class Sentences:
         split: train, or what is held out: test, val, valid, validation, dev.
         columns: one or two columns of text; None = found by their usual names.
         label_column: the column of classes; None = found by its name, and without one there are no classes. Their names
-            are those that the file states, else the sorted values.
+            are those that the file states, else the sorted values over all splits. A split may lack the column.
 
     Raises:
         UserError: nothing at `path`, a missing column, or labels that are no classes.
@@ -67,6 +67,8 @@ class Sentences:
         if len(names) not in (1, 2):
             raise UserError(f"columns={names}: name one column of sentences, or two for pairs")
         label = label_column or next((x for x in _LABELS if x in rows.columns), None)
+        if label is not None and label not in rows.columns and label in open_rows(path, None).columns:
+            label = None  # another split has it
         table = rows.read([*names, *([label] if label is not None else [])])
         self._parts = [tokenized(table[name], self.tokenizer, f"{rows.origin} {name}") for name in names]
         self.targets, self.classes = torch.full((len(self),), -1), list[str]()
@@ -116,7 +118,7 @@ class Translations:
 
 def tokenized(texts: Sequence[Any], tokenizer: Tokenizer, origin: str) -> Ragged:
     """Texts as ids; None is an empty one. `origin` names them in messages."""
-    if wrong := next((x for x in texts if x is not None and not isinstance(x, str)), None):
+    if (wrong := next((x for x in texts if x is not None and not isinstance(x, str)), None)) is not None:
         raise UserError(f"{origin} holds {type(wrong).__name__} values, not texts: name another column")
     if not len(texts):
         raise UserError(f"{origin} has no rows")
@@ -140,17 +142,19 @@ def _usual(rows: Rows) -> list[str]:
 
 def _classes(path: str, values: list[Any], rows: Rows, label: str) -> tuple[Tensor, list[str]]:
     """(N,) int64 and the names. Values that the file does not name are sorted over all splits, so that all agree."""
+    names = rows.classes.get(label)
     known = {x for x in values if x is not None}
-    if all(isinstance(x, str) for x in known):
-        names = rows.classes or sorted({x for x in open_rows(path, None).read([label])[label] if x is not None})
+    every = known if names is not None else set(open_rows(path, None).read([label])[label]) - {None}
+    if all(isinstance(x, str) for x in every):
+        names = sorted(every) if names is None else names
         if lost := known - set(names):
             raise UserError(f"{rows.origin} {label} holds {sorted(lost)[0]!r}, which is none of its classes")
         number: dict[Any, int] = {x: i for i, x in enumerate(names)}
-    elif all(isinstance(x, int) for x in known):
-        names = rows.classes or [str(x) for x in range(max(open_rows(path, None).read([label])[label]) + 1)]
-        if max(known) >= len(names):
+    elif all(isinstance(x, int) for x in every):
+        names = [str(x) for x in range(max(every) + 1)] if names is None else names
+        if max(known, default=-1) >= len(names):
             raise UserError(f"{rows.origin} {label} holds class {max(known)}, but only {len(names)} classes are named")
-        number = {x: x if x >= 0 else -1 for x in known}
+        number = {x: max(x, -1) for x in known}
     else:
         raise UserError(
             f"{rows.origin} {label} holds values that are neither texts nor whole numbers: set label_column"

@@ -4,7 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ Reader = Callable[[Sequence[str]], Iterator[Chunk]]
 
 @dataclass(slots=True)
 class Rows:
-    """A split of a table. `classes` are the names of the classes where the file states them."""
+    """A split of a table. `classes` are the names of the classes in a column where the file states them."""
 
     origin: str
     columns: list[str]
     reader: Reader
     count: int
-    classes: list[str] | None = None
+    classes: dict[str, list[str]] = field(default_factory=dict)
     keep: list[int] | None = None  # ascending rows that belong to the split; None = all
 
     def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
@@ -143,34 +143,36 @@ def read_text(file: Path) -> str:
 def _parquet(files: list[Path]) -> Rows:
     import pyarrow.parquet as pq
 
-    names, classes, count = list[str](), None, 0
+    names, classes, count = dict[str, None](), dict[str, list[str]](), 0  # not every file has all columns
     for file in files:
         try:
             found = pq.ParquetFile(file)
         except Exception as error:
             raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
         count += found.metadata.num_rows
-        names = names or found.schema_arrow.names
+        names |= dict.fromkeys(found.schema_arrow.names)
         metadata = found.schema_arrow.metadata or {}
         if b"classes" in metadata:
-            classes = json.loads(metadata[b"classes"])
+            classes = dict.fromkeys(found.schema_arrow.names, json.loads(metadata[b"classes"])) | classes
         elif b"huggingface" in metadata:
-            classes = classes or _class_label(json.loads(metadata[b"huggingface"]).get("info", {}).get("features", {}))
+            classes = _class_labels(json.loads(metadata[b"huggingface"]).get("info", {}).get("features", {})) | classes
 
     def reader(columns: Sequence[str]) -> Iterator[Chunk]:
         for file in files:
             try:
                 for batch in pq.ParquetFile(file).iter_batches(_CHUNK, columns=list(columns)):
-                    yield batch.to_pydict()
+                    empty: Chunk = {name: [None] * batch.num_rows for name in columns}
+                    yield empty | batch.to_pydict()
             except OSError as error:
                 raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
 
-    return Rows(_origin(files), names, reader, count, classes)
+    return Rows(_origin(files), list(names), reader, count, classes)
 
 
-def _class_label(features: dict[str, Any]) -> list[str] | None:
-    """Names of the classes in the features that `datasets` stores."""
-    return next((x["names"] for x in features.values() if isinstance(x, dict) and x.get("_type") == "ClassLabel"), None)
+def _class_labels(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the classes in the features that `datasets` stores, by column."""
+    labels = ((k, x) for k, x in features.items() if isinstance(x, dict) and x.get("_type") == "ClassLabel")
+    return {name: feature["names"] for name, feature in labels}
 
 
 def _jsonl(files: list[Path]) -> Rows:
@@ -208,8 +210,8 @@ def _hub(path: str, split: str) -> Rows:
     def reader(columns: Sequence[str]) -> Iterator[Chunk]:
         yield from found.select_columns(list(columns)).iter(_CHUNK)
 
-    names = next((x.names for x in found.features.values() if hasattr(x, "names")), None)
-    return Rows(f"{path} {split}", list(found.features), reader, len(found), names)
+    classes = {name: x.names for name, x in found.features.items() if hasattr(x, "names")}
+    return Rows(f"{path} {split}", list(found.features), reader, len(found), classes)
 
 
 def _captions(split: str | None) -> Rows:
