@@ -203,6 +203,7 @@ def test_shards_are_named_by_folder_pattern_list_or_file(tmp_path):
     for path, count in ((folder, 9), (pattern, 9), (tmp_path / "some.txt", 6), (f"{folder}/part-001.tar", 3)):
         assert len(Shards(path, split=None)) == count
     assert set(numbers(Shards(tmp_path / "some.txt", split=None), range(4))) == {5, 6, 7, 8}
+    assert trained(str(tmp_path / "some.txt"), "character").encode("picture")
 
 
 def test_what_is_missing_or_packed_is_named(tmp_path):

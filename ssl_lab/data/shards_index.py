@@ -59,9 +59,9 @@ class ShardIndex:
 
 
 def is_sharded(path: str) -> bool:
-    """Whether a path means shards: a .tar, a pattern of them, or a folder with some."""
+    """Whether a path means shards: a .tar, a pattern or a .txt list of them, or a folder with some."""
     local = Path(path).expanduser()
-    return path.endswith(".tar") or (local.is_dir() and any(local.glob("*.tar")))
+    return path.endswith((".tar", ".txt")) or (local.is_dir() and any(local.glob("*.tar")))
 
 
 def index_of(shard: Path, captions: bool, folder: Path | None = None) -> ShardIndex:
