@@ -323,6 +323,15 @@ def test_conversations_of_llava(tmp_path):
         200,
     ]
     assert read.data.messages[2][0]["content"] == f"{MARKER}\n{MARKER}\nwhat?"
-    (tmp_path / "other.json").write_text(json.dumps([{"messages": [{"from": "robot", "value": "a"}]}] * 2))
-    with pytest.raises(UserError, match="a turn of 'robot'"):
-        conversations(tmp_path / "other.json", encode)
+    for wrong, message in (
+        ([{"from": "robot", "value": "a"}], "a turn of 'robot'"),
+        ([], "other row 1 has no answer"),
+        (turns("what?")[:1], "other row 1 has no answer"),
+        (turns("what?")[:1] + [{"from": "gpt", "value": MARKER}], "other row 1: an answer contains <image>"),
+    ):
+        rows = [{"image": "0.png", "conversations": x} for x in (turns("what?"), wrong)]
+        (tmp_path / "other").mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            (tmp_path / "other" / f"{split}.json").write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=message):
+            conversations(tmp_path / "other", encode)

@@ -223,7 +223,7 @@ def marked(messages: list[Message], images: int, encode: ConversationEncoder) ->
     """With the markers where the model wants them, see `conversations`."""
     marker = encode.marker
     count = sum(each["content"].count(marker) for each in messages)
-    if images and not count:
+    if images and messages and not count:
         first = next((m for m in messages if m["role"] == "user"), messages[0])
         first["content"] = f"{marker}\n" * images + first["content"]
     elif images == count == 1:

@@ -57,7 +57,8 @@ class Conversations:
         origin: names them in messages.
 
     Raises:
-        UserError: no conversation, or one with another number of markers than images.
+        UserError: no conversation, or one without an answer, with a marker in it, or with more or fewer markers than
+            images.
     """
 
     unit = "conversations"
@@ -72,6 +73,11 @@ class Conversations:
         if not dialogues:
             raise UserError(f"{origin} holds no conversation")
         for row, one in enumerate(dialogues):
+            answers = [message["content"] for message in one.messages if message["role"] == "assistant"]
+            if not answers:
+                raise UserError(f"{origin} row {row} has no answer of the assistant to learn: mend or remove the row")
+            if any(encode.marker in answer for answer in (*answers, one.rejected or "")):
+                raise UserError(f"{origin} row {row}: an answer contains {encode.marker}, which nobody can say")
             marks = sum(message["content"].count(encode.marker) for message in one.messages)
             if marks != len(one.images):
                 raise UserError(
