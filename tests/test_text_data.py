@@ -304,6 +304,26 @@ def test_questions_of_squad_and_their_division(tmp_path):
     assert tokenizer.decode([int(x) for x in joined[start : end + 1]]).strip() == first.answers[0]
 
 
+def test_answers_may_be_a_list_and_a_context_null(tmp_path):
+    rows = [
+        {"context": "aa bb cc.", "question": "which?", "answers": [{"text": "bb", "answer_start": 3}]},
+        {"context": None, "question": "who?", "answers": None},
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = {"split": None, "max_length": 30, "stride": 4, "max_question": 6}
+    tokenizer = characters("aa bb cc.", "which?", "who?", special=["[CLS]", "[SEP]"])
+    questions = Questions(str(file), tokenizer, **options)
+    assert [x.answers for x in questions.questions] == [["bb"], []] and questions.questions[1].context == ""
+    _, texts, span = questions.read([0, 1]).data
+    assert len(texts[1]) == 0 and (questions.offsets(1) == -1).all()
+    assert questions.offsets(0)[span[0]].tolist() == [[3, 4], [4, 5]]
+    for row in (rows[0] | {"answers": ["bb"]}, rows[0] | {"answers": {"text": ["bb"]}}):
+        file.write_text(json.dumps(row))
+        with pytest.raises(UserError, match="answers holds"):
+            Questions(str(file), tokenizer, **options)
+
+
 def test_captions_are_made_up_the_same_way_every_time():
     table = text_captions.table("train")
     text_captions.table.cache_clear()
@@ -349,6 +369,7 @@ def test_errors_name_the_thing_and_what_to_do(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nb\n')
     (tmp_path / "none").mkdir()
+    (tmp_path / "empty.txt").write_text("")
     table = write(tmp_path / "t/train.parquet", {"en": ["a", "b"], "n": [1, 2], "zeros": [0, 0], "label": [0.5, 1.5]})
     tokenizer = characters("abcdefghijklmnopqrstuvwxyz")
     cases = {
@@ -366,6 +387,7 @@ def test_errors_name_the_thing_and_what_to_do(tmp_path):
         "holds int values": lambda: Sentences(table, tokenizer, split=None, columns=["n"], label_column="en"),
         "zeros holds int values": lambda: Sentences(table, tokenizer, split=None, columns=["zeros"]),
         "is no table": lambda: Sentences(str(file), tokenizer),
+        "holds 0 passages": lambda: NextSentences(str(tmp_path / "empty.txt"), tokenizer),
         "no split 'tets'": lambda: Blocks(str(file), tokenizer, split="tets"),
         "leaves no room": lambda: Questions("captions", tokenizer, max_length=64),
         "no tokenizer": lambda: Blocks(str(file), str(tmp_path / "tok.json")),

@@ -51,6 +51,13 @@ def test_bytes_hold_any_text(corpus, kind):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_of_a_surrogate_pair_is_a_question_mark(kind):
+    tokenizer = Tokenizer(train(["what \ud83d is it? it is"] * 4, kind, SIZE[kind]))
+    assert tokenizer.encode("it \ud83d is") == tokenizer.encode("it ? is")
+    assert tokenizer.encode_spans(["\ud83d it"]) == tokenizer.encode_spans(["? it"])
+
+
 def test_a_character_is_a_token_in_sorted_order(corpus):
     tokenizer = character(corpus)
     alphabet = sorted(set(TEXT))

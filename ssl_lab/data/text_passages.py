@@ -1,6 +1,7 @@
 """Passages for the prediction of the next sentence: pieces of documents, and pieces of others beside them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class NextSentences:
         self.length = length
         self._tokens, first = stream(documents(path, split, column), self.tokenizer, None)
         starts, ends, owners = [], [], []
-        for owner, (start, end) in enumerate(zip(first, [*first[1:], len(self._tokens)], strict=True)):
+        for owner, (start, end) in enumerate(pairwise([*first, len(self._tokens)])):
             cuts = np.arange(start, end, length - 3)
             starts.append(cuts)
             ends.append(np.minimum(cuts + length - 3, end))

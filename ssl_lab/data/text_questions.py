@@ -32,7 +32,8 @@ class Questions:
 
     Args:
         path: a parquet or .jsonl file, a folder of them, a data set of the hub, or `captions`, with the columns
-            `context`, `question` and either `answer` and `answer_start` or SQuAD's `answers`.
+            `context`, `question` and either `answer` and `answer_start` or SQuAD's `answers` (a dict of lists, or a
+            list of dicts). A context that is null is an empty one.
         tokenizer: a tokenizer, or the path of one.
         split: train, or what is held out. A file without splits is divided by its contexts.
         max_length: tokens of a joined sequence, special ones included.
@@ -40,7 +41,7 @@ class Questions:
         max_question: tokens that are kept of a question.
 
     Raises:
-        UserError: nothing at `path`, a missing column, or lengths that leave no room.
+        UserError: nothing at `path`, a missing column or one of another kind, or lengths that leave no room.
     """
 
     unit = "windows"
@@ -67,12 +68,15 @@ class Questions:
         rows = open_rows(path, split, key="context")
         names = ["answers"] if "answers" in rows.columns else ["answer", "answer_start"]
         table = rows.read(["context", "question", *names])
-        answers = [_answers(values) for values in zip(*(table[name] for name in names), strict=True)]
+        answers = [_answers(values, rows.origin) for values in zip(*(table[name] for name in names), strict=True)]
         right = [[text for text, _ in given] for given in answers]
-        self.questions = [Question(*x) for x in zip(table["question"], table["context"], right, strict=True)]
+        texts = [x or "" for x in table["context"]]
+        self.questions = [Question(*x) for x in zip(table["question"], texts, right, strict=True)]
         asked = tokenized(table["question"], self.tokenizer, f"{rows.origin} question")
         self._asked = Ragged(ids[:max_question] for ids in asked.take(range(len(asked))))
-        contexts = list(dict.fromkeys(table["context"]))
+        if not all(isinstance(x, str) for x in texts):
+            raise UserError(f"{rows.origin} context holds other things than texts: mend the column")
+        contexts = list(dict.fromkeys(texts))
         number = {context: i for i, context in enumerate(contexts)}
         self._contexts = _encoded(contexts, self.tokenizer)
         windows = []
@@ -136,11 +140,17 @@ class Questions:
             start += stride
 
 
-def _answers(values: tuple[Any, ...]) -> list[tuple[str, int]]:
+def _answers(values: tuple[Any, ...], origin: str) -> list[tuple[str, int]]:
     """Answers with the characters where they begin; none for a question without an answer."""
     if len(values) == 1:
-        given = values[0] or {}
-        return list(zip(given.get("text", []), given.get("answer_start", []), strict=True))
+        given = values[0] or []
+        try:
+            if isinstance(given, dict):
+                return list(zip(given.get("text") or [], given.get("answer_start") or [], strict=True))
+            return [(each["text"], each["answer_start"]) for each in given]
+        except (KeyError, TypeError, ValueError):
+            shape = '{"text": [...], "answer_start": [...]}'
+            raise UserError(f"{origin} answers holds {str(given)[:60]!r}, where {shape} is wanted: mend it") from None
     text, start = values
     return [] if not text or start is None or start < 0 else [(text, start)]
 

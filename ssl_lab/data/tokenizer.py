@@ -19,7 +19,7 @@ from ssl_lab.data import tokenizer_clip
 from ssl_lab.data.folders import missing
 from ssl_lab.data.text_files import Documents
 from ssl_lab.data.text_tables import CAPTIONS
-from ssl_lab.data.tokenizer_train import USUAL, WHOLE, Kind, train
+from ssl_lab.data.tokenizer_train import USUAL, WHOLE, Kind, train, whole
 from ssl_lab.errors import UserError
 from ssl_lab.files import write_text
 from ssl_lab.weights import gguf
@@ -101,6 +101,8 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of the tokens; `special` adds those that the tokenizer puts around a text, such as [CLS] and [SEP].
 
+        Half of a surrogate pair counts as ?.
+
         Raises:
             UserError: characters, or words, that a tokenizer of characters, or words, does not know.
         """
@@ -108,13 +110,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """As `encode`, several texts at once on several threads."""
+        texts = [whole(text) for text in texts]
         self.require_known(texts)
-        return [x.ids for x in self.backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+        return [x.ids for x in self.backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids without special tokens, and for each the characters (from, to) that it stands for."""
+        texts = [whole(text) for text in texts]
         self.require_known(texts)
-        return [(x.ids, x.offsets) for x in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [(x.ids, x.offsets) for x in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | Tensor, *, special: bool = False) -> str:
         """The text; `special` keeps special tokens."""

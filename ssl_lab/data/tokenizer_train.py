@@ -150,6 +150,11 @@ def _alphabet(texts: Iterable[str], backend: Tokenizer) -> list[str]:
     return sorted(sorted(+counts, key=lambda x: (-counts[x], x))[:_ALPHABET])
 
 
+def whole(text: str) -> str:
+    """The text with ? for each half of a surrogate pair, which JSON can hold and the library refuses."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class _Counted:
     """Hands texts on, as often as asked, and counts their characters."""
 
@@ -159,7 +164,7 @@ class _Counted:
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             self.characters += len(text)
-            yield text
+            yield whole(text)
 
 
 _MAKERS = {"character": _character, "word": _word, "bpe": _bpe, "bpe4": _bpe4, "wordpiece": _wordpiece}
