@@ -301,7 +301,7 @@ def test_conversations_of_llava(tmp_path):
         {"id": 3, "image": "1.png", "conversations": turns("what?")},
     ]
     for split in ("train", "test"):
-        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8-sig")  # as Windows writes it
     source = conversations(tmp_path / "train.json", encode, image_folder=tmp_path / "pictures")
     read = conversations(tmp_path, encode, image_folder=tmp_path / "pictures").read([0, 1, 2, 3])
     asked = [messages[0]["content"] for messages in read.data.messages]

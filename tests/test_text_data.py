@@ -134,6 +134,12 @@ def test_where_documents_come_from(tmp_path):
         assert list(documents(str(tmp_path / name), split, column)) == wanted, (name, split)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.jsonl", '{"text": "one"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert list(documents(str(tmp_path / name))) == ["one"]
+
+
 def test_a_tenth_is_held_out_for_good(tmp_path):
     texts = [f"text {i}" for i in range(300)]
     path = write(tmp_path / "all.parquet", {"text": texts})

@@ -129,13 +129,13 @@ def _part(rows: Rows, split: str, key: str | None) -> Rows:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, with line ends as they are in Unix.
+    """The text of a file in UTF-8, without a byte order mark, with line ends as they are in Unix.
 
     Raises:
         UserError: it is something else.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no UTF-8 text (byte {error.start}): convert it, or remove it") from None
 
