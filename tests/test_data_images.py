@@ -86,6 +86,12 @@ def test_modes_become_rgb() -> None:
     assert pixel(encode(sixteen)) == [128] * 3
     assert pixel(encode(sixteen, "TIFF")) == [128] * 3
     assert pixel(encode(Image.new("P", size, 0).convert("P"), "GIF"))[0] in range(256)
+    for high in (1, 255):
+        floats = encode(Image.fromarray(np.linspace(high, 0, 24, dtype=np.float32).reshape(6, 4)), "TIFF")
+        assert pixel(floats) == [255] * 3 and decode(floats)[0, 3, 0] in range(110, 130)
+    for odd in (-1.0, 300.0, float("nan")):
+        with pytest.raises(Unreadable, match=r"not in 0\.\.1 or 0\.\.255"):
+            decode(encode(Image.new("F", size, odd), "TIFF"))
     cmyk = pixel(encode(Image.new("CMYK", size, (0, 255, 255, 0)), "JPEG", quality=95))
     assert cmyk[0] > 240 and max(cmyk[1:]) < 15
     wrong_suffix = encode(Image.new("RGB", size, (9, 8, 7)), "BMP")  # the suffix is never asked
@@ -201,6 +207,24 @@ def test_unreadable_images_are_replaced_counted_and_reported(tmp_path: Path, in_
     assert reads[0] == reads[1]
     lines = [json.loads(x) for x in report.read_text().splitlines()]
     assert len(lines) == len(bad) and all(x["reason"] and x["image"].endswith(".png") for x in lines)
+
+
+def test_two_workers_list_unreadable_images_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "set", [f"{i:03}.png" for i in range(20)], lambda i: b"" if i == 3 else plain(i))
+    report, read_text = tmp_path / "bad.jsonl", Path.read_text
+    report.write_text("{}\n")
+
+    def read(path: Path, *args: str, **options: str) -> str:
+        found = read_text(path, *args, **options)
+        with report.open("a") as file:
+            file.write("the other worker\n")
+        return found
+
+    images = HFImages(tmp_path / "set", split="train", in_memory=False, bad_samples=report)
+    monkeypatch.setattr(Path, "read_text", read)
+    images.read(range(len(images)))
+    lines = report.read_bytes().splitlines()
+    assert lines[:2] == [b"{}", b"the other worker"] and b"003.png" in lines[2] and len(lines) == 3
 
 
 @pytest.mark.faults("C11", "a third unreadable: the run ends")

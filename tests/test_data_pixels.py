@@ -68,6 +68,8 @@ def test_rows_are_raster_order_behind_a_start_token():
     assert torch.equal(flipped["labels"].view(3, 8, 8).flip(2), batch["labels"].view(3, 8, 8))
     small = Pixels(4, view.palette)(list(source.images[:3]), torch.arange(3), 0)
     assert small["labels"].shape == (3, 16)
+    line = Pixels(256, view.palette)([torch.zeros(3, 1, 60_000, dtype=torch.uint8)], torch.arange(1), 0)
+    assert line["labels"].shape == (1, 256 * 256)  # whole, it would need 12 GB
 
 
 def test_flips_depend_on_seed_and_position_alone():

@@ -112,6 +112,17 @@ def test_resize_equals_torchvision_and_leaves_the_right_size_alone() -> None:
     assert same.dtype == torch.uint8  # the stored pixels are not touched
 
 
+def test_a_very_long_image_loses_its_ends_before_it_is_resized() -> None:
+    position, long = torch.arange(1), torch.zeros(1, 3, 2, 60_001, dtype=torch.uint8)
+    long[..., 29_000:31_000] = 255
+    for images in (long, long.transpose(2, 3), list(long)):
+        image = Resize(256)(images, position, 0)["image"]  # whole it would need 6 GB
+        assert image.shape == (1, 3, 256, 256) and image.amin() > 2
+    row = pictures(1, 4, 100)
+    want = F.center_crop(F.resize(row, [8], interpolation=InterpolationMode.BICUBIC, antialias=True), [8, 8])
+    assert torch.equal(Resize(8)(row, position, 0)["image"], normalize_(want.float(), "imagenet"))
+
+
 @pytest.mark.parametrize("name", list(STATS))
 def test_normalize_takes_the_named_mean_and_deviation(name: str) -> None:
     images = pictures(2, 4, 4)

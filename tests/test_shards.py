@@ -121,6 +121,9 @@ def test_captions_labels_and_names_come_from_where_webdataset_puts_them(tmp_path
     assert source.classes == ["0", "1", "2"]
     (tmp_path / "classes.json").write_text('["cat", "dog", "owl"]')
     assert Shards(tmp_path / "x.tar", split=None).classes == ["cat", "dog", "owl"]
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    with pytest.raises(UserError, match="hold class 2, but"):
+        Shards(tmp_path / "x.tar", split=None)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -5,9 +5,11 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
 from test_shards import png
 
 from ssl_lab.cli.main import main
+from ssl_lab.data.images import HFImages
 from ssl_lab.data.pairs_shapes import ShapesPairs
 from ssl_lab.data.pairs_tokenizer import trained
 from ssl_lab.data.shapes import Shapes
@@ -71,6 +73,18 @@ def test_an_unreadable_image_is_not_written(tmp_path):
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as file:
         assert file.extractfile("000000001.png").read() == images[1]  # as it was stored
         assert file.extractfile("000000001.txt").read() == b"c 1" and "000000003.png" not in file.getnames()
+
+
+def test_every_format_is_found_again(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i, form in enumerate(("PNG", "JPEG2000", "TGA")):
+            Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / split / f"{i}.png", format=form)
+    assert write_shards(HFImages(tmp_path, in_memory=False), tmp_path / "out", "train", 5).records == 3
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as file:
+        assert [name.rpartition(".")[2] for name in file.getnames()] == ["png", "jp2", "png"]
+    samples = Shards(tmp_path / "out", split=None).read(range(3))
+    assert [int(image[0, 0, 0]) for image in samples.data] == [0, 90, 180]
 
 
 def test_a_folder_with_other_shards_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from typing import Literal, TypeGuard, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop
 
 from ssl_lab.data.resample import resample
 from ssl_lab.errors import UserError
@@ -16,6 +17,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 _TRIES = 10  # torchvision's number of draws before a crop falls back to the centre
 BOX_DRAWS = 2 * _TRIES + 2
+_LONGEST = 32  # times the shorter side
 _SMALL = 64  # up to this side the matrix products of a batch beat one resize per image on a CPU
 
 
@@ -64,6 +66,15 @@ def crop(images: Images, box: Tensor, flip: Tensor, size: int, interpolation: In
     for one, image, where, flipped in zip(out, images, box.tolist(), flip.tolist(), strict=True):
         crop_into(one, image, where, flipped, interpolation)
     return out
+
+
+def middle(images: Tensor) -> Tensor:
+    """Images (..., H, W) without the ends of a side that is more than 32 times the other.
+
+    Resized whole, so that its shorter side fits, an image of 1 x 65,535 pixels would fill the memory.
+    """
+    height, width = images.shape[-2:]
+    return center_crop(images, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
 
 
 def crop_into(out: Tensor, image: Tensor, box: Sequence[int], flip: bool, interpolation: Interpolation) -> None:

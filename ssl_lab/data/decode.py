@@ -34,10 +34,11 @@ def size_of(data: bytes) -> tuple[int, int]:
 def decode(data: bytes) -> Tensor:
     """Bytes of an image file -> (3, H, W) uint8 RGB.
 
-    The orientation in the EXIF data is applied, transparency laid on white, 16-bit grey scaled to 8 bits.
+    The orientation in the EXIF data is applied, transparency laid on white, 16-bit grey scaled to 8 bits, and
+    so are floats in 0..1.
 
     Raises:
-        Unreadable: the bytes are no image, a truncated one, or one of more than MAX_PIXELS.
+        Unreadable: the bytes are no image, a truncated one, one of more than MAX_PIXELS, or floats beyond 0..255.
     """
     try:
         with _open(data) as image:
@@ -66,6 +67,13 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64)
         scaled = grey / 257 if grey.max() > 255 or image.mode != "I" else grey
         return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.asarray(image)
+        low, high = float(grey.min()), float(grey.max())
+        if not 0 <= low <= high <= 255:  # what is black and what white, nobody knows; NaN too
+            raise Unreadable(f"its values lie in {low:g}..{high:g}, not in 0..1 or 0..255")
+        scaled = grey * (255 if high <= 1 else 1)
+        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -127,7 +127,8 @@ class EncodedSamples:
             known = self.bad_samples.read_text() if self.bad_samples.exists() else ""
             if line not in known:  # a resumed run meets the same samples again
                 self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
-                self.bad_samples.write_text(known + line)
+                with open(self.bad_samples, "a") as file:  # not rewritten: other workers add to it meanwhile
+                    file.write(line)
         if len(self.bad) > max(_HANDFUL, _SHARE * min(max(self._read, self._floor), len(self))):
             raise UserError(self._too_many())
 

@@ -4,6 +4,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
+from ssl_lab.data.crop import middle
 from ssl_lab.data.source import Source
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold, uniform
@@ -112,4 +113,4 @@ class Pixels:
     def _resized(self, image: Tensor) -> Tensor:
         if image.shape[1:] == (self.size, self.size):
             return image
-        return F.center_crop(F.resize(image, [self.size], antialias=True), [self.size, self.size])
+        return F.center_crop(F.resize(middle(image), [self.size], antialias=True), [self.size, self.size])

@@ -84,7 +84,7 @@ def open_shards(path: str, split: str | None, *, captions: bool, index: str | Pa
     """The records of `split` at `path`, see `Shards`.
 
     Raises:
-        UserError: no shards, one that is named but missing, or nothing usable in any of them.
+        UserError: no shards, one that is named but missing, nothing usable in any of them, or a class without a name.
     """
     shards = _listed(path)
     part: Literal["all", "held_out", "kept"] = "all"

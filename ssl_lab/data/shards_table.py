@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_lab.data.shards_index import ShardIndex, captions_of
+from ssl_lab.errors import UserError
 
 _OPEN = 16  # files and indices that are kept open
 
@@ -24,6 +25,9 @@ class ShardTable:
         indices: one for each.
         part: rows of each shard: all, those that are held out, or the others.
         classes: names; none = numbers, if there are classes.
+
+    Raises:
+        UserError: a class without a name.
     """
 
     def __init__(
@@ -41,6 +45,11 @@ class ShardTable:
         self.sizes = [count[i] - first[i] for i in used]
         self._starts = [0, *np.cumsum(self.sizes).tolist()]
         most = max((index.target for index in indices), default=-1)
+        if classes and most >= len(classes):
+            raise UserError(
+                f"the shards in {shards[0].parent} hold class {most}, but classes.json names only {len(classes)}: "
+                "name all of them, or remove the file"
+            )
         self.classes = classes or [str(i) for i in range(most + 1)]
         self._files: OrderedDict[int, int] = OrderedDict()
         self._records: OrderedDict[int, np.ndarray] = OrderedDict()

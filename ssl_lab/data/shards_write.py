@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ssl_lab.data.decode import Unreadable, decode
 from ssl_lab.data.images import EncodedImages
+from ssl_lab.data.medium import IMAGES
 from ssl_lab.data.source import Source
 from ssl_lab.errors import UserError
 from ssl_lab.files import replacing, sweep, write_text
 
 PLAN = "shards.json"  # what the shards of a folder are made from; files that lie there already belong to it
-_SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "MPO": "jpg"}  # others by their own name
+_SUFFIXES = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "MPO": "jpg"}  # others by their own name
 _READ = 256  # rows read at once
 
 
@@ -40,7 +41,8 @@ def write_shards(
 ) -> Written:
     """Write `<split>-00000.tar`, ... with `per_shard` rows each into `folder`; those that are there are kept.
 
-    Record `key` is row `key` of the source: its image as it is stored (what is only in memory as PNG), `key.cls` with
+    Record `key` is row `key` of the source: its image as it is stored (as PNG what is only in memory, or of a
+    format that shards are not searched for), `key.cls` with
     its class, `key.txt` with its caption, and with several captions `key.json` with all of them. Unreadable images are
     left out. The same source gives the same bytes, and a shard appears whole or not at all.
 
@@ -123,21 +125,23 @@ def _images(source: Source, rows: Sequence[int]) -> Iterator[tuple[bytes, str, i
     if isinstance(source, EncodedImages):
         blobs, targets = source.table.blobs(rows), source.table.labels(torch.tensor(rows)).tolist()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            yield from zip(blobs, pool.map(_suffix, blobs), targets, strict=True)
+            for (blob, suffix), target in zip(pool.map(_stored, blobs), targets, strict=True):
+                yield blob, suffix, target
         return
     samples = source.read(list(rows))
     for image, target in zip(samples.data, samples.targets.tolist(), strict=True):
         yield _png(image), "png", target
 
 
-def _suffix(blob: bytes) -> str:
+def _stored(blob: bytes) -> tuple[bytes, str]:
     try:
-        decode(blob)
+        pixels = decode(blob)
     except Unreadable:
-        return ""
+        return b"", ""
     with Image.open(io.BytesIO(blob)) as image:
         name = str(image.format)
-    return _SUFFIXES.get(name, name.lower())
+    suffix = _SUFFIXES.get(name, name.lower())
+    return (blob, suffix) if f".{suffix}" in IMAGES.suffixes else (_png(pixels), "png")
 
 
 def _png(image: Tensor) -> bytes:

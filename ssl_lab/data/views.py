@@ -26,6 +26,7 @@ from ssl_lab.data.crop import (
     crop_into,
     in_batches,
     interleaved,
+    middle,
     sides,
 )
 from ssl_lab.data.draws import Draws, View, draw
@@ -176,7 +177,7 @@ class Resize:
         return {"image": normalize_(out.float(), self.stats)}
 
     def _fit(self, image: Tensor) -> Tensor:
-        image = F.resize(image, [self.resize], interpolation=self.mode, antialias=True)
+        image = F.resize(middle(image), [self.resize], interpolation=self.mode, antialias=True)
         out: Tensor = F.center_crop(image, [self.size, self.size])
         return out
 
