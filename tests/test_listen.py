@@ -11,6 +11,8 @@ from torch import nn
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.data.audio_tokenizer import trained
+from ssl_lab.data.tokenizer import Tokenizer
+from ssl_lab.data.tokenizer_train import train
 from ssl_lab.errors import UserError
 from ssl_lab.generation.chunks import at_pauses, in_chunks
 from ssl_lab.generation.ctc import CTCBeam, beam_search, greedy
@@ -202,6 +204,29 @@ def test_words_count_once_when_they_are_over(arpa):
     assert score(tuple(ids("hum ")))[blank] == 0  # two blanks are one
     assert score.end(tuple(ids("hum rise"))) == pytest.approx(-0.5 * ten) and score.end(()) == 0
     assert score(tuple(ids("hum hum rise")))[blank] == pytest.approx(-0.5 * ten)
+
+
+def test_word_pieces_begin_a_word_unless_they_are_marked():
+    texts = ["hum rise humming rising"] * 3
+    tokenizer = Tokenizer(train(texts, "wordpiece", 24))
+    entries = {("hum",): (-1.0, 0.0), ("humming",): (-2.0, 0.0), ("rise",): (-3.0, 0.0)}
+    score = WordScore(NGram(entries, 1), tokenizer, tokenizer.vocab_size)
+    ids = tokenizer.encode("humming rise")
+    names = [tokenizer.backend.id_to_token(i) for i in ids]
+    first = next(i for i, name in enumerate(names) if i and not name.startswith("##"))
+    assert first > 1  # the first word is of several pieces
+    found = score(tuple(ids[:first]))
+    begins = {tokenizer.backend.id_to_token(i) for i in found.nonzero().flatten().tolist()}
+    assert {"h", "r"} <= begins and not any(x.startswith(("##", "[")) for x in begins)
+    assert found[ids[first]] == -2.0 and found.min() == -2.0
+    assert score.end(tuple(ids)) == -3.0
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_an_ngram_of_letters_refuses_longer_tokens(kind):
+    tokenizer = Tokenizer(train(["hum rise hum rise"] * 3, kind, 300))
+    with pytest.raises(UserError, match=r"model of letters, and .* give an ARPA file of words"):
+        WordScore(NGram({("h",): (-1.0, 0.0), ("u",): (-1.0, 0.0)}, 1), tokenizer, tokenizer.vocab_size)
 
 
 def test_a_language_model_decides_between_what_sounds_alike(arpa):

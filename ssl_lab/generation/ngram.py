@@ -87,15 +87,23 @@ class WordScore:
         ngram: the model. One whose words are single letters scores letters, the blank as <space>, _ or |.
         tokenizer: of the tokens.
         vocab_size: tokens V.
+
+    Raises:
+        UserError: the model is one of letters, and a token is longer.
     """
 
     def __init__(self, ngram: NGram, tokenizer: Decodes, vocab_size: int) -> None:
         self.ngram, self.tokenizer = ngram, tokenizer
         names = [_name(tokenizer, i) for i in range(vocab_size)]
-        whole = getattr(tokenizer, "of_words", False)
-        self.begins = torch.tensor([name != "" and (whole or name[0].isspace() or name[0] in _MARKS) for name in names])
+        self.begins = torch.tensor(_begins(names, whole=getattr(tokenizer, "of_words", False)))
         plain = [key[0] for key in ngram.entries if len(key) == 1 and not key[0].startswith("<")]
         self.letters = names if plain and all(len(word) == 1 for word in plain) else None
+        long = [x for x in self.letters or () if len(x) > 1 and (x,) not in ngram.entries and x not in _UNKNOWN]
+        if long:
+            raise UserError(
+                f"lm is a model of letters, and {long[0]!r} is one of the tokenizer's {len(long)} longer tokens, which "
+                "it cannot score: give an ARPA file of words"
+            )
         self.blank = next((x for x in ("<space>", "_", "|", "\u2581") if (x,) in ngram.entries), " ")
 
     def __call__(self, prefix: tuple[int, ...]) -> Tensor:
@@ -122,7 +130,7 @@ class WordScore:
         return self.ngram.log_prob(history, said[-1])
 
     def _letter(self, name: str) -> str:
-        return self.blank if name.isspace() else name
+        return self.blank if name.isspace() or name in _MARKS else name
 
 
 class DecoderScore:
@@ -153,6 +161,15 @@ def _lines(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for line in file:
             yield line.strip()
+
+
+def _begins(names: Sequence[str], *, whole: bool) -> list[bool]:
+    """Whether each token begins a word: WordPiece marks those that go on, by ##, the others mark what begins."""
+    marked = [name != "" and (name[0].isspace() or name[0] in _MARKS) for name in names]
+    pieces = not whole and not any(marked) and any(name.startswith("##") for name in names)
+    if whole or pieces:
+        return [name != "" and not (pieces and name.startswith("##")) for name in names]
+    return marked
 
 
 def _name(tokenizer: Decodes, token: int) -> str:
