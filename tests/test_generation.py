@@ -6,6 +6,7 @@ import pytest
 import torch
 from language_models import NEW, PAD, V, of_theirs, pair, prompts, shaken, tiny
 
+from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.bench.harness import make as make_step
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import pad_left
@@ -25,8 +26,8 @@ from ssl_lab.generation.prompts import chat, few_shot
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import Cached, stepper
 from ssl_lab.generation.words import Words
-from ssl_lab.nn.positions import ALiBi
-from ssl_lab.nn.recipes import llama_block
+from ssl_lab.nn.positions import ALiBi, Relative
+from ssl_lab.nn.recipes import gpt_block, llama_block, mla_block
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,15 @@ def test_the_window_rolls_and_forgets():
             assert other == 4
             first.last = last
     assert torch.allclose(a.last, b.last, atol=1e-14)
+
+
+@pytest.mark.parametrize("block", [gpt_block, mla_block], ids=["gpt", "mla"])
+@pytest.mark.parametrize("positions", [ALiBi, Relative])
+def test_a_bias_of_the_scores_fits_what_the_window_keeps(positions, block):
+    decoder = shaken(Decoder(V, 32, 2, 4, max_length=64, window=5, positions=positions, block=block)).double()
+    for rows in (prompts(4), prompts(9, 3)):
+        cached = generate(decoder, rows, max_new_tokens=12)
+        assert torch.equal(cached, generate(decoder, rows, max_new_tokens=12, cache=False))
 
 
 @pytest.mark.parametrize(

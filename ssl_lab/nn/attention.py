@@ -84,7 +84,7 @@ class Attention(nn.Module):
                 q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None and not self.cross:
             k, v = ctx.cache.append(self.layer, k, v)
-        mask, bias = (ctx.memory_mask, None) if self.cross else (ctx.mask, ctx.bias)
+        mask, bias = (ctx.memory_mask, None) if self.cross else (ctx.mask, ctx.bias_of(k.shape[2]))
         if self.prefix is not None:
             k, v, mask, bias = self.prefix(k, v, mask, bias)
         out = attend(

@@ -35,6 +35,10 @@ class Context:
     cache: KVCache | None = None
     rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
 
+    def bias_of(self, keys: int) -> Tensor | None:
+        """The bias of the last `keys` positions: a cache with a window has dropped the others."""
+        return None if self.bias is None else self.bias[..., -keys:]
+
     def asked(self, rows: Tensor, length: int) -> "Context":
         """The context of a block of which only `rows` (B, M) of `length` positions are wanted.
 

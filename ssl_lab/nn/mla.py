@@ -106,7 +106,7 @@ class MLA(nn.Module):
         return attend(
             q, k, v,
             ctx.mask,
-            bias=ctx.bias,
+            bias=ctx.bias_of(k.shape[2]),
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             kernel=self.kernel,
