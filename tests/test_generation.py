@@ -7,10 +7,11 @@ import torch
 from language_models import NEW, PAD, V, of_theirs, pair, prompts, shaken, tiny
 
 from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.bench.harness import make as make_step
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import pad_left
-from ssl_lab.generation.beam import beam_search
+from ssl_lab.generation.beam import Beam, beam_search
 from ssl_lab.generation.compact import Compact
 from ssl_lab.generation.generate import generate, stream
 from ssl_lab.generation.processors import (
@@ -251,6 +252,17 @@ def test_only_what_is_allowed_is_generated():
             assert text in ([5, 6], [5, 6, 7], [ord("h") - 60, ord("i") - 60])
     with pytest.raises(UserError, match="encode"):
         Allowed(["hi"], eos=1, start=0)
+
+
+def test_what_is_allowed_begins_where_the_new_tokens_do():
+    choices = [[5, 6], [5, 6, 7], [8]]
+    sampling = Sampling(extra=(Allowed(choices, eos=1),))
+    for model in (tiny(), EncoderDecoder(V, 32, 2, 4, max_length=64)):
+        model, how = shaken(model).double(), {"max_new_tokens": 6, "eos": 1, "pad": 0, "sampling": sampling}
+        greedy = generate(model, prompts(4, 7, 5), **how)
+        best = beam_search(model, prompts(4, 7, 5), beam=Beam(2), **how).tokens[:, 0]
+        for row in [*greedy.tolist(), *best.tolist()]:
+            assert row[: row.index(1)] in choices
 
 
 # ---- prompts and text

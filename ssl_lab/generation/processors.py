@@ -146,7 +146,8 @@ class Allowed:
     Args:
         choices: texts, or sequences of ids.
         eos: id that ends a text.
-        start: index of the first new token in `tokens`: the padded length of the prompts.
+        start: index of the first new token in `tokens`; None = what generation says: the padded length of a decoder's
+            prompts, 1 after the start token of an encoder and decoder.
         encode: makes ids of a text, e.g. `tokenizer.encode`; needed where choices are texts.
 
     Raises:
@@ -155,7 +156,7 @@ class Allowed:
 
     choices: Sequence[str | Sequence[int]]
     eos: int
-    start: int
+    start: int | None = None
     encode: Callable[[str], Sequence[int]] | None = None
     _next: dict[tuple[int, ...], list[int]] = field(init=False, repr=False, compare=False)
 

@@ -1,13 +1,21 @@
 """How the next token is chosen from its scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ssl_lab.errors import UserError
-from ssl_lab.generation.processors import LogitsProcessor, MinNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+from ssl_lab.generation.processors import (
+    Allowed,
+    LogitsProcessor,
+    MinNewTokens,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,11 @@ class Sampling:
             found.append(RepetitionPenalty(self.repetition_penalty))
         if self.min_new_tokens > 0:
             found.append(MinNewTokens(self.min_new_tokens, tuple(eos), start))
-        found += self.extra
+        for each in self.extra:
+            if isinstance(each, Allowed) and each.start is None:
+                found.append(replace(each, start=start))
+            else:
+                found.append(each)
         if self.temperature != 0:
             found += [] if self.temperature == 1.0 else [Temperature(self.temperature)]
             found += [] if self.top_k is None else [TopK(self.top_k)]
