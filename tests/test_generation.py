@@ -241,6 +241,19 @@ def test_values_out_of_range(wrong):
         Sampling(**wrong)
 
 
+def test_what_needs_a_draw_says_that_beams_draw_nothing():
+    with pytest.raises(UserError, match=r"top_k=50 .* leave top_k out, or set num_beams=1"):
+        Sampling(top_k=50)
+
+
+def test_generation_leaves_every_part_in_its_mode():
+    decoder = shaken(tiny()).train()
+    decoder.blocks[0].eval()
+    modes = [module.training for module in decoder.modules()]
+    generate(decoder, prompts(4), max_new_tokens=2)
+    assert [module.training for module in decoder.modules()] == modes and len({*modes}) == 2
+
+
 def test_only_what_is_allowed_is_generated():
     _, ours = pair("gpt2")
     rows = prompts(4, 7, 5)
@@ -301,6 +314,8 @@ def test_chat_is_transformers():
     for wrong, message in ((config, "no tools here"), ({}, "no chat_template")):
         with pytest.raises(UserError, match=message):
             chat([{"role": "tool", "content": "x"}], wrong)
+    with pytest.raises(UserError, match="fails: TemplateError"):
+        chat(messages, {"chat_template": "{{ raise_exception('') }}"})
     with pytest.raises(UserError, match="fails"):  # nothing outside the sandbox
         chat(messages, {"chat_template": "{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}"})
 

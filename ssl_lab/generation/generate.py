@@ -132,13 +132,14 @@ def first_read(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards what was before."""
-    before = model.training
+    """Evaluation mode, and afterwards that of each submodule (a frozen encoder stays in evaluation mode)."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(before)
+        for module, training in before:
+            module.training = training
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ssl_lab.errors import UserError
+from ssl_lab.weights.sources import first_line
 
 SHOT = "Input: {input}\nOutput: {output}"
 
@@ -76,7 +77,7 @@ def chat(messages: Sequence[Mapping[str, str]], config: Mapping[str, Any], *, an
             **{name: text for name, text in tokens.items() if text is not None},
         )
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template of the tokenizer fails: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the chat template of the tokenizer fails: {first_line(error)}") from None
 
 
 @lru_cache(maxsize=8)

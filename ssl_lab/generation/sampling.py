@@ -45,7 +45,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise UserError("top_k and top_p need a temperature above 0: at 0 the most likely token is taken")
+            name, value = ("top_p", self.top_p) if self.top_k is None else ("top_k", self.top_k)
+            raise UserError(
+                f"{name}={value} limits what is drawn, and neither beam search nor temperature=0 draws anything: leave "
+                f"{name} out, or set num_beams=1 and a temperature above 0"
+            )
         self.processors(0, ())  # each checks its value
 
     def processors(self, start: int, eos: Sequence[int]) -> list[LogitsProcessor]:
