@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 import string
 import sys
@@ -14,13 +15,17 @@ from torchmetrics.functional.text import squad as squad_score
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.text import TextEncoder
+from ssl_lab.data.tokenizer import Tokenizer
+from ssl_lab.data.tokenizer_train import train
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round, Skip
 from ssl_lab.evals.bleu import Bleu
 from ssl_lab.evals.finetune import Finetune
+from ssl_lab.evals.perplexity import Perplexity
 from ssl_lab.evals.runner import run_all
 from ssl_lab.evals.squad import Squad, best_span
 from ssl_lab.evals.text_accuracy import TextAccuracy
+from ssl_lab.losses.lm import IGNORE
 from ssl_lab.methods.causal_lm import CausalLM
 from ssl_lab.methods.masked_lm import MaskedLM
 from ssl_lab.train.optim import Optim
@@ -43,6 +48,31 @@ class Data:
 
 def values(evaluator, method, data):
     return {row.name: row.value for row in run_all({"it": evaluator}, method, data)}
+
+
+# ---- perplexity
+
+
+class Surprised(nn.Module):
+    """Each scored token costs three bits."""
+
+    def nll(self, batch):
+        return (batch["labels"] != IGNORE) * (3 * math.log(2))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "character"])
+def test_bits_per_byte_of_lone_bytes(kind):
+    """A masked token of byte-level BPE may be part of a character: it counts as the bytes that it is."""
+    text = "na\u00efve \u20ac5"
+    tokenizer = Tokenizer(train([text, "zzzzzzzz"], kind, 258))
+    tokens = torch.tensor([tokenizer.encode(text)])
+    for hidden in (slice(None), slice(0, None, 2), slice(2, 4)):
+        labels = torch.full_like(tokens, IGNORE)
+        labels[:, hidden] = tokens[:, hidden]
+        count = len(tokens[0, hidden])
+        size = count if kind == "bpe" else sum(len(text[i].encode()) for i in range(len(text))[hidden])
+        found = values(Perplexity(), Surprised(), Data({"tokens": tokens, "labels": labels}, tokenizer=tokenizer))
+        assert found["bits_per_byte"] == pytest.approx(3 * count / size)
 
 
 # ---- accuracy and F1
