@@ -10,13 +10,14 @@ from torch import nn
 from vectors import FakeData, clusters, run, shuffled_labels
 
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Round, Watch, accuracy, evaluating, require
+from ssl_lab.evals.base import Round, Watch, accuracy, require
 from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.features import gather_rows, unique_rows
 from ssl_lab.evals.knn import KNN, knn_votes
 from ssl_lab.evals.linear import Linear, fit, standardized
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.runner import run_all, run_round
+from ssl_lab.nn.mode import evaluating
 from ssl_lab.spread import feature_std, rankme
 
 # ---- kNN

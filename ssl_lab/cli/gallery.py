@@ -16,9 +16,10 @@ from ssl_lab.analysis.pairs import caption_grid, similarity_matrix
 from ssl_lab.analysis.pictures import feature_maps
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Precision, Round, Skip, evaluating, moved
+from ssl_lab.evals.base import Precision, Round, Skip, moved
 from ssl_lab.evals.features import Features
 from ssl_lab.evals.texts import captions_of, embed_texts, encoder_of
+from ssl_lab.nn.mode import evaluating
 from ssl_lab.pictures import save_png, side_by_side, unnormalize
 from ssl_lab.types import Embeds, EmbedsPairs
 

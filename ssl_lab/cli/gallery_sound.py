@@ -12,10 +12,11 @@ from ssl_lab.analysis.confusion import confusion_counts, confusion_matrix, most_
 from ssl_lab.analysis.embedding import Projection, projected, scatter
 from ssl_lab.analysis.page import Picture, write_page
 from ssl_lab.analysis.spectrogram import Span, Utterance, alignments
-from ssl_lab.evals.base import Precision, Round, evaluating
+from ssl_lab.evals.base import Precision, Round
 from ssl_lab.generation.ctc import times, words
 from ssl_lab.generation.listen import Recogniser
 from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.mode import evaluating
 from ssl_lab.pictures import save_png
 from ssl_lab.types import Classifies, Embeds
 

@@ -1,7 +1,7 @@
 """What an evaluator is, and the round in which evaluators share one extraction of features."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -206,18 +206,6 @@ def moved(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) 
         return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
 
     return {key: move(value) for key, value in batch.items()}  # type: ignore[return-value]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode within; afterwards every submodule is back in the mode it was in (a teacher stays in eval mode)."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def require_head(scores: Tensor, classes: Sequence[str]) -> None:

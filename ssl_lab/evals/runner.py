@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ssl_lab import dist
-from ssl_lab.evals.base import Data, Evaluator, Precision, Round, Skip, evaluating, require
+from ssl_lab.evals.base import Data, Evaluator, Precision, Round, Skip, require
 from ssl_lab.evals.results import Row
+from ssl_lab.nn.mode import evaluating
 
 
 def run_all(

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ssl_lab.errors import UserError
 from ssl_lab.generation.batch import Prompts
-from ssl_lab.generation.generate import GREEDY, evaluating, first_read, prepare, processed
+from ssl_lab.generation.generate import GREEDY, first_read, prepare, processed
 from ssl_lab.generation.processors import PADDING
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import LanguageModel, stepper
+from ssl_lab.nn.mode import evaluating
 
 LOST = -1e9  # a score that no sequence has
 

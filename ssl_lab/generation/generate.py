@@ -1,7 +1,6 @@
 """Going on with prompts: token by token as an iterator, or all at once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ssl_lab.generation.batch import Prompts, check, pad_left, pad_right, pad_so
 from ssl_lab.generation.processors import PADDING, LogitsProcessor
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import LanguageModel, Stepper, stepper
+from ssl_lab.nn.mode import evaluating
 
 GREEDY = Sampling()
 BEYOND_SOURCE = 50  # a translation is at most so much longer than its source (arXiv:1706.03762, section 6.1)
@@ -128,18 +128,6 @@ def first_read(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
     if not isinstance(model, EncoderDecoder):
         return tokens
     return torch.full((len(tokens), 1), start, dtype=torch.int64, device=tokens.device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards that of each submodule (a frozen encoder stays in evaluation mode)."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @torch.inference_mode()
