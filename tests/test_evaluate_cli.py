@@ -13,6 +13,7 @@ from training import TINY
 
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
+from ssl_lab.cli.data_name import data_name
 from ssl_lab.cli.main import main
 from ssl_lab.cli.usage import verb_of
 from ssl_lab.evals.results import read
@@ -24,9 +25,14 @@ KNN = ["eval=[knn]", "eval.knn.k=3"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluate") / "run"
-    short = ["duration=4steps", "trainer.precision=bf16-mixed", "trainer.enable_progress_bar=false"]
-    assert main([*TINY, *short, *KNN, f"out={out}"]) == 0
+    assert main(repeated(out)) == 0
     return out
+
+
+def repeated(out):
+    """The command of the run."""
+    short = ["duration=4steps", "trainer.precision=bf16-mixed", "trainer.enable_progress_bar=false"]
+    return [*TINY, *short, *KNN, f"out={out}"]
 
 
 @pytest.fixture
@@ -93,6 +99,31 @@ def test_other_data_take_the_views_of_the_run(run, tmp_path):
     ]
     assert main(["evaluate", f"ckpt={run}", *words, *KNN, "pictures=false"]) == 0
     assert ("trained", 4, "knn", "top1") in values(tmp_path / "o")
+
+
+def test_other_data_do_not_replace_the_results_of_the_run(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    before = read(run / "metrics.json")
+    same = [word for word in ARCHITECTURE if word.startswith("data")]
+    assert main(["evaluate", f"ckpt={run}", *same, *KNN, "pictures=false"]) == 0
+    own = read(run / "metrics.json")
+    assert [r.key for r in own] == [r.key for r in before], "chosen again, but the same"
+    assert main(["evaluate", f"ckpt={run}", "+data.eval_views.size=16", *KNN, "pictures=false"]) == 0
+    other = read(run / "metrics.json")
+    assert other[: len(own)] == own and {r.data for r in other[len(own) :]} == {"size=16"}
+    assert "trained on size=16" in capsys.readouterr().out
+    assert main(repeated(run)) == 0
+    assert read(run / "metrics.json") == other
+
+
+def test_other_data_are_named():
+    own = {part: {"_target_": "a.Images", "path": "a/b", "split": part, "tokenizer": "x"} for part in ("train", "test")}
+    own["eval_views"] = {"size": 32}
+    assert data_name(own, own | {"tokenizer": "y", "batch_size": 3, "views": {}}) == ""
+    assert data_name(own, {k: v | {"path": "c"} if "path" in v else v for k, v in own.items()}) == "path=c"
+    other = {"train": {"_target_": "a.Files", "path": "c"}, "test": {"_target_": "a.Files", "path": "c"}}
+    assert data_name(own, other | {"eval_views": {"size": 64}}) == "c, size=64"
+    assert data_name({}, {"test": {"_target_": "a.Shapes", "length": 3}}) == "Shapes"
 
 
 def test_features_are_extracted_once_for_all_evaluators_and_pictures(run, monkeypatch):

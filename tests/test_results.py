@@ -1,6 +1,7 @@
 """The file of results, the table made from it, and the YAML of every evaluator."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.finetune import Finetune
 from ssl_lab.evals.knn import KNN
 from ssl_lab.evals.linear import Linear
-from ssl_lab.evals.results import Row, read, table, write
+from ssl_lab.evals.results import Row, latest, read, table, write
 from ssl_lab.evals.runner import logged, run_all
 from ssl_lab.train.optim import Optim
 
@@ -28,6 +29,18 @@ def test_the_same_measurement_replaces_and_another_is_added(tmp_path):
     assert [r.value for r in read(path)] == [3, 2, 4, 5, 6]
     assert [r["value"] for r in json.loads(path.read_text())] == [3, 2, 4, 5, 6]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_results_on_other_data_stand_beside_those_of_the_run(tmp_path):
+    path = tmp_path / "metrics.json"
+    old = json.dumps([{name: value for name, value in asdict(row(1.0)).items() if name != "data"}])
+    path.write_text(old)  # of a version that did not name data
+    write(path, [row(2.0, data="cifar10"), row(3.0, step=5), row(4.0, data="stl10", step=20)])
+    rows = read(path)
+    assert [(r.data, r.value) for r in rows] == [("", 1), ("cifar10", 2), ("", 3), ("stl10", 4)]
+    assert latest(rows) == {"knn/top1": 1}, "of the last step, whatever stands below"
+    assert latest([]) == {}
+    assert [*table(rows).columns[0].cells] == ["trained", "trained on cifar10", "trained", "trained on stl10"]
 
 
 def test_every_protocol_survives_the_file(tmp_path):

@@ -1,6 +1,7 @@
 """`ssl-lab evaluate`: judge a run, a checkpoint, imported weights or an untrained encoder."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from ssl_lab.analysis.embedding import require_projection
 from ssl_lab.cli.compose import build
+from ssl_lab.cli.data_name import data_name
 from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.gallery_sound import SoundGallery
 from ssl_lab.cli.saved import load_config, run_folder, without_downloads
@@ -58,6 +60,7 @@ def run(cfg: DictConfig) -> None:
 
     out, console = Path(cfg.out or folder or "runs/evaluate"), Console(highlight=False)
     rows: list[Row] = []
+    other = data_name(saved.get("data") or {}, data_config)
     with Extraction(console, {"train": len(data.train), "test": len(data.test)}) as watch:
 
         def judge(method: nn.Module, step: int, subject: str) -> Round:
@@ -65,7 +68,8 @@ def run(cfg: DictConfig) -> None:
             if isinstance(method, Pixels):  # they have features and no more
                 able = {name: e for name, e in evaluators.items() if isinstance(method, e.needs)}
             round = Round(method.to(fabric.device), data, fabric.autocast, watch)
-            rows.extend(run_round(able, round, step=step, subject=subject, say=console.print))
+            found = run_round(able, round, step=step, subject=subject, say=console.print)
+            rows.extend(replace(row, data=other) for row in found)
             return round
 
         if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
@@ -89,6 +93,7 @@ def run(cfg: DictConfig) -> None:
         sound = isinstance(data, AudioModule)
         if cfg.pictures and (sound or hasattr(data.eval_views, "stats")):
             title = subject if folder is None else f"{folder.parent.name}/{folder.name}, {subject}, step {step:,}"
+            title += f", on {other}" if other else ""
             last = [row for row in rows if row.subject == subject]
             gallery = (SoundGallery if sound else Gallery)(round, cfg.projection, cfg.seed)
             places["pictures"] = gallery.write(out / "pictures", title, matrix(last) if last else ())

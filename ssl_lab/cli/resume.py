@@ -132,7 +132,7 @@ def require_same(
 
 def _require_same_optimizer(path: Path, former: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """The state of an optimizer holds its rates, so that those of the command would be ignored."""
-    there, here = (dict(_flat({"optim": each.get("optim")})) for each in (former, config))
+    there, here = (dict(flat({"optim": each.get("optim")})) for each in (former, config))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if former.get("optim") and differing:
         raise UserError(
@@ -145,11 +145,12 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of everything that decides what is learned."""
     trainer = config.get("trainer") or {}
     kept = {key: config.get(key) for key in IDENTITY} | {"trainer": {key: trainer.get(key) for key in IDENTITY_TRAINER}}
-    return {key: value for key, value in _flat(kept) if key.rpartition(".")[2] not in FREE}
+    return {key: value for key, value in flat(kept) if key.rpartition(".")[2] not in FREE}
 
 
-def _flat(node: Any, key: str = "") -> list[tuple[str, Any]]:
+def flat(node: Any, key: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings and lists."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
     if items is None:
         return [(key, node)]
-    return [pair for name, value in items for pair in _flat(value, f"{key}.{name}" if key else str(name))]
+    return [pair for name, value in items for pair in flat(value, f"{key}.{name}" if key else str(name))]

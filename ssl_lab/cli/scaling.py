@@ -20,7 +20,7 @@ from ssl_lab.cli import catalog
 from ssl_lab.cli.duration import parse_duration
 from ssl_lab.cli.resume import holding, require_same
 from ssl_lab.errors import UserError
-from ssl_lab.evals.results import read
+from ssl_lab.evals.results import latest, read
 from ssl_lab.files import write_text
 from ssl_lab.train.signals import Interrupted, Signals
 
@@ -203,8 +203,7 @@ def _measured(cell: Cell, cfg: DictConfig) -> Measured:
 
 
 def _loss(out: Path, wanted: str) -> float:
-    rows = [r for r in read(out / "metrics.json") if r.subject == "trained"]
-    names = {f"{r.evaluator}/{r.name}": r.value for r in rows}
+    names = latest(read(out / "metrics.json"))
     if wanted == "auto":
         wanted = "perplexity/nats" if "perplexity/nats" in names else "train"
     if wanted in names:

@@ -18,7 +18,7 @@ from ssl_lab.cli.nearest import did_you_mean
 from ssl_lab.cli.resume import holding
 from ssl_lab.cli.sweep import SWEEPS, Planner
 from ssl_lab.errors import UserError
-from ssl_lab.evals.results import read
+from ssl_lab.evals.results import latest, read
 from ssl_lab.train.signals import CODES
 
 
@@ -128,8 +128,7 @@ class Search:
         return problem
 
     def _value(self, out: Path) -> tuple[float | None, str]:
-        rows = [row for row in read(out / "metrics.json") if row.subject == "trained"]
-        found = {f"{row.evaluator}/{row.name}": row.value for row in rows}
+        found = latest(read(out / "metrics.json"))
         value = found.get(self.settings.objective)
         if value is None:
             return None, f"no {self.settings.objective} in metrics.json; {did_you_mean('', found)}"

@@ -31,7 +31,7 @@ from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Evaluator, moved
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.results import Row, read, write
+from ssl_lab.evals.results import Row, own, read, write
 from ssl_lab.evals.runner import logged, run_all
 from ssl_lab.files import sweep
 from ssl_lab.methods.base import Method
@@ -153,8 +153,8 @@ class Training:
     def finish(self) -> None:
         """Judge, draw and export the trained weights, and show it all."""
         ordinary_(self.method)
-        rows = read(self.out / "metrics.json")
-        known = {(r.evaluator, json.dumps(r.protocol)) for r in rows if (r.subject, r.step) == ("trained", self.steps)}
+        rows = own(read(self.out / "metrics.json"))
+        known = {(r.evaluator, json.dumps(r.protocol)) for r in rows if r.step == self.steps}
         missing = {k: e for k, e in self.evaluators.items() if (k, json.dumps(e.protocol)) not in known}
         self._judge(missing, self.steps, "trained", self.method)
         self.pictures.show(self.method, self.steps)

@@ -29,6 +29,7 @@ class Row:
         protocol: the evaluator's settings.
         seconds: that the evaluator took, with the features where it was the first to ask for them.
         time: when, UTC, ISO 8601.
+        data: what was measured on; empty = the data of the run.
     """
 
     subject: str
@@ -40,13 +41,13 @@ class Row:
     protocol: dict[str, Any]
     seconds: float
     time: str
+    data: str = ""
 
     @property
     def key(self) -> str:
         """Two rows with one key measure the same thing: the later one replaces the earlier one."""
-        return json.dumps(
-            [self.subject, self.step, self.evaluator, self.name, self.samples, self.protocol], sort_keys=True
-        )
+        what = [self.subject, self.step, self.evaluator, self.name, self.samples, self.protocol, self.data]
+        return json.dumps(what, sort_keys=True)
 
 
 def read(path: Path) -> list[Row]:
@@ -61,6 +62,18 @@ def read(path: Path) -> list[Row]:
         return [Row(**row) for row in json.loads(path.read_text())]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a list of results ({error}): move it away and evaluate again") from None
+
+
+def own(rows: Iterable[Row]) -> list[Row]:
+    """Those of a run's trained weights on its own data."""
+    return [row for row in rows if row.subject == "trained" and not row.data]
+
+
+def latest(rows: Iterable[Row]) -> dict[str, float]:
+    """Of a run's `own` rows those of the last step: evaluator/value -> number."""
+    found = own(rows)
+    last = max((row.step for row in found), default=0)
+    return {f"{row.evaluator}/{row.name}": row.value for row in found if row.step == last}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -86,7 +99,8 @@ def matrix(rows: Iterable[Row]) -> list[list[str]]:
     for row in rows:
         if "/" in row.name:
             continue
-        column, place = (row.evaluator, row.name), (row.subject, row.step)
+        subject = f"{row.subject} on {row.data}" if row.data else row.subject
+        column, place = (row.evaluator, row.name), (subject, row.step)
         columns[column] = None
         cells = next((cells for at, cells in lines if at == place and column not in cells), None)
         if cells is None:
