@@ -136,6 +136,31 @@ def test_begin_from_another_checkpoint(finished, tmp_path, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
+TEXT = ["method=causal_lm", "data=text", "data.tokenizer.kind=character", "data.train.length=8", "data.batch_size=4"]
+TEXT += [f"method.decoder.{word}" for word in ("dim=16", "depth=1", "num_heads=2")]
+
+
+def test_a_text_that_has_changed_does_not_change_the_tokenizer_of_a_run(tmp_path, capsys):
+    path, out = tmp_path / "text.txt", tmp_path / "run"
+    path.write_text("abcdefgh\n" * 200)
+    words = [*TEXT, f"data.path={path}", "eval=[perplexity]", "trainer.accelerator=cpu"]
+    for _ in range(2):
+        assert main([*words, "duration=2steps", f"out={out}"]) == 0
+    saved = (out / "tokenizer.json").read_text()
+    path.write_text("bcdefghi\n" * 200)
+    capsys.readouterr()
+    assert main([*words, "duration=2steps", f"out={out}"]) == 2
+    assert f"{out} was trained with another tokenizer" in capsys.readouterr().err
+    assert (out / "tokenizer.json").read_text() == saved
+    assert main(["evaluate", f"ckpt={out}", "eval=[perplexity]"]) == 2
+    assert "no token for 'i'" in capsys.readouterr().err, "the tokenizer of the run, not one of the text as it is now"
+    path.write_text("bcdefgh\n" * 200)
+    assert main(["evaluate", f"ckpt={out}", "eval=[perplexity]"]) == 0
+    other = [*words, "duration=4steps", f"ckpt={out}", f"out={tmp_path / 'other'}"]
+    assert main(other) == 2
+    assert main([word for word in other if "kind=" not in word] + [f"data.tokenizer={out}"]) == 0
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bar_shows_steps_speed_and_time_left(terminal, monkeypatch):
     monkeypatch.setattr(progress, "_REFRESH", 0.0)

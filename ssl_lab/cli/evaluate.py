@@ -17,7 +17,7 @@ from ssl_lab.cli.compose import build
 from ssl_lab.cli.data_name import data_name
 from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.gallery_sound import SoundGallery
-from ssl_lab.cli.saved import load_config, run_folder, without_downloads
+from ssl_lab.cli.saved import load_config, own_tokenizer, run_folder, without_downloads
 from ssl_lab.cli.starting import decided_by_data
 from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.cli.watch import Extraction
@@ -48,6 +48,8 @@ def run(cfg: DictConfig) -> None:
     spec = None if cfg.ckpt is None else str(cfg.ckpt)
     folder = _run_of(spec)
     saved = {} if folder is None else load_config(folder, cfg.trust)
+    if folder is not None:
+        saved["data"] = own_tokenizer(saved.get("data") or {}, folder)
     method_config, data_config = (_laid_over(saved, given, part) for part in ("method", "data"))
     fabric = _fabric(cfg.device, cfg.precision or saved.get("trainer", {}).get("precision") or "32-true")
     require_projection(cfg.projection)

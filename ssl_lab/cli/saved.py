@@ -65,6 +65,25 @@ def lend(cfg: DictConfig) -> None:
         OmegaConf.update(cfg, "data.tokenizer", str(folder), merge=False)
 
 
+def own_tokenizer(data: Any, folder: Path) -> Any:
+    """The `data` saved by the run in `folder`, with the tokenizer that it wrote there wherever they name theirs.
+
+    One that is trained on a text would be another one once the text has changed.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return data
+    named = data.get("tokenizer")
+
+    def lent(node: Any) -> Any:
+        if isinstance(node, list):
+            return [lent(value) for value in node]
+        if not isinstance(node, dict):
+            return node
+        return {k: str(folder) if k == "tokenizer" and v and v == named else lent(v) for k, v in node.items()}
+
+    return lent(data)
+
+
 def without_downloads(config: Any) -> Any:
     """The same configuration without starting weights, for networks that a checkpoint fills or that stay random.
 

@@ -90,6 +90,21 @@ def require_tokenizer(node: Any, data: DataModule) -> None:
             )
 
 
+def require_same_words(run: Path, data: DataModule) -> None:
+    """The data must still give the tokenizer that the run in a folder was trained with.
+
+    Raises:
+        UserError: they give another one.
+    """
+    if data.tokenizer is None or not (run / "tokenizer.json").is_file():
+        return
+    if _words(tokenizer.load(run)) != _words(data.tokenizer):
+        raise UserError(
+            f"{run} was trained with another tokenizer than these data give: every token would mean another word; put "
+            f"the text back as it was, or go on in another out= with ckpt={run} data.tokenizer={run}"
+        )
+
+
 def _words(known: tokenizer.Tokenizer) -> dict[str, int]:
     """The vocabulary but for a marker of images, which may be added to any."""
     marker = known.config.get("image_token")

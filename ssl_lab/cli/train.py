@@ -24,7 +24,8 @@ from ssl_lab.cli.gallery_sound import drawn_alignments
 from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, save_config, standing
-from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_tokenizer
+from ssl_lab.cli.saved import run_folder
+from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_same_words, require_tokenizer
 from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
 from ssl_lab.cli.tuned import tune, whole
 from ssl_lab.data.views import STATS
@@ -106,6 +107,7 @@ class Training:
         self.trainer.fit_loop.epoch_loop.max_steps = self.steps
         self.standing = standing(self.out, self.config, self.method.samples_per_step, cfg.ckpt, world_size=world_size)
         if self.standing.path is not None:
+            require_same_words(run_folder(self.standing.path) or self.out, self.data)
             require_fit(self.standing.path, self.method, self.base)
 
     def fit(self) -> None:
