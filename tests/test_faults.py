@@ -11,8 +11,10 @@ import pytest
 import torch
 from training import TINY, rows, run, same_end, start
 
+from ssl_lab.cli.main import main
 from ssl_lab.cli.resume import holding
 from ssl_lab.errors import UserError
+from ssl_lab.methods.base import Method
 from ssl_lab.train import checkpoint
 from ssl_lab.train.checkpoint import CheckpointFiles, find, read, stored
 from ssl_lab.train.loggers import CSVLogger, Loggers
@@ -256,6 +258,24 @@ def test_signal_saves_and_leaves(tmp_path, number, code):
     assert 0 < step < 4000
     text = (tmp_path / "log").read_text()
     assert f"step={step}.ckpt" in text and "the same command goes on" in text and "Traceback" not in text
+
+
+def test_a_signal_in_the_last_step_leaves_the_judging_to_the_next_start(tmp_path, monkeypatch, capsys):
+    original = Method.optimizer_step
+
+    def step(self, *args, **kwargs):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    out = tmp_path / "run"
+    words = [*TINY, "duration=3steps", "eval=[collapse]", f"out={out}"]
+    monkeypatch.setattr(Method, "optimizer_step", step)
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 75 and "step=3.ckpt" in capsys.readouterr().out
+    assert not (out / "metrics.json").exists()
+    assert main(words) == 0 and (out / "metrics.json").exists()
 
 
 def test_crash_in_the_data_saves_first(tmp_path, monkeypatch):

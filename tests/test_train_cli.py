@@ -129,6 +129,10 @@ def test_begin_from_another_checkpoint(finished, tmp_path, capsys):
     assert run(words, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert "from step 12" in (tmp_path / "log").read_text()
     assert [row["step"] for row in rows(out)] == ["13", "14"]
+    assert main([*words[:-3], "duration=12steps", f"out={tmp_path / 'none'}", words[-1]]) == 2
+    told = f"ckpt={source} has 12 steps behind it, and duration comes to 12: give a longer one"
+    assert told in capsys.readouterr().err and not (tmp_path / "none/config.yaml").exists()
+    assert main(words) == 0, "a finished run may name what it began from"
     assert main([*words[:-2], f"out={tmp_path / 'faster'}", words[-1], "optim.lr=0.5"]) == 2
     assert "optim.lr is" in capsys.readouterr().err
     words = [*words[:-2], f"out={tmp_path / 'other'}", words[-1], "method.encoder.dim=48"]

@@ -24,10 +24,14 @@ SHARED_OUT = ("data.batch_size", "trainer.accumulate_grad_batches")  # their pro
 
 @dataclass(frozen=True)
 class Standing:
-    """The checkpoint to go on from, None at the start, and the optimizer steps that it has behind it."""
+    """The checkpoint to go on from, None at the start, and the optimizer steps that it has behind it.
+
+    `own` tells whether it is one of this run.
+    """
 
     path: Path | None
     step: int
+    own: bool = True
 
 
 def standing(
@@ -46,7 +50,8 @@ def standing(
     step = int(facts.get("step", 0))
     if step or (out / "last.safetensors").exists():
         require_same(out, config, SHARED_OUT if facts.get("world_size", world_size) != world_size else ())
-    if not step and start is not None:
+    own = step > 0
+    if not own and start is not None:
         path = checkpoint.find(start)
         if path is None:
             raise UserError(f"ckpt={start}: there is no checkpoint; give a .ckpt file or a run folder")
@@ -61,7 +66,22 @@ def standing(
             f"{path} was trained on {before} samples per step, this command has {samples_per_step}: "
             "data and learning rate would jump; keep data.batch_size x devices x accumulate_grad_batches the same"
         )
-    return Standing(path, step)
+    return Standing(path, step, own)
+
+
+def require_left(standing: Standing, start: str | None, steps: int, method: Mapping[str, Any]) -> None:
+    """A run of `steps` must train at least one itself, else another run's weights would be called its own.
+
+    Raises:
+        UserError: the checkpoint `start` of another run has as many steps behind it.
+    """
+    if standing.own or standing.step < steps:
+        return
+    part = next((f"{name}." for name in ("encoder", "decoder", "model") if name in method), "")
+    raise UserError(
+        f"ckpt={start} has {standing.step} steps behind it, and duration comes to {steps}: give a longer one, or begin "
+        f"from its weights alone with method.{part}weights={start}"
+    )
 
 
 def require_fit(path: Path, method: nn.Module, base: Base | None = None) -> None:

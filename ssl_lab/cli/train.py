@@ -23,7 +23,7 @@ from ssl_lab.cli.compose import build, steps_of
 from ssl_lab.cli.gallery_sound import drawn_alignments
 from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
-from ssl_lab.cli.resume import holding, require_fit, save_config, standing
+from ssl_lab.cli.resume import holding, require_fit, require_left, save_config, standing
 from ssl_lab.cli.saved import run_folder
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_same_words, require_tokenizer
 from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
@@ -107,6 +107,7 @@ class Training:
         self.trainer.fit_loop.epoch_loop.max_steps = self.steps
         self.standing = standing(self.out, self.config, self.method.samples_per_step, cfg.ckpt, world_size=world_size)
         if self.standing.path is not None:
+            require_left(self.standing, cfg.ckpt, self.steps, cfg.method)
             require_same_words(run_folder(self.standing.path) or self.out, self.data)
             require_fit(self.standing.path, self.method, self.base)
 
@@ -149,7 +150,9 @@ class Training:
             raise
         finally:
             self.signals.deferred = False
-        if self.trainer.global_step < self.steps:
+        several = self.trainer.world_size > 1  # ranks leave together, as the end of the last step agreed
+        stopped = self.trainer.should_stop if several else self.signals.received is not None
+        if stopped or self.trainer.global_step < self.steps:
             self._leave()
 
     def finish(self) -> None:
