@@ -39,6 +39,7 @@ MISTAKES = [
     ("method=mae +foo=1", ["foo"]),
     ("method=mae attention=flsh", ["kernel=flsh", "did you mean flash"]),
     ("method=mae trainer.max_steps=10", ["trainer.max_steps", "duration="]),
+    ("method=mae trainer.max_time=00:01:00:00", ["trainer.max_time", "duration=", "timeout"]),
     ("method=mae epochs=10", ["epochs", "duration=10epochs"]),
     ("method=mae compil=true", ["compil", "compile"]),
     # values
@@ -61,6 +62,7 @@ MISTAKES = [
     ("method=mae --multirum", ["--multirum", "--multirun"]),
     ("-m method=mae seed=0,1 launcher.jobs=2 launcher.gpus=[0]", ["launcher.gpus=[0]", "launcher.jobs=2"]),
     ("-m method=mae,maee", ["method=maee", "mae"]),
+    ("-m method=mae seed=0,1 --cfg job", ["--cfg job", "leave out -m"]),
 ]
 
 

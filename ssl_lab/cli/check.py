@@ -63,6 +63,11 @@ def check_values(cfg: DictConfig, root: Root) -> None:
         for key in ("max_steps", "max_epochs"):
             if cfg.trainer.get(key) is not None:
                 raise UserError(f"trainer.{key} would not be used: write duration=... with a number of epochs or steps")
+        if cfg.trainer.get("max_time") is not None:
+            raise UserError(
+                "trainer.max_time would end every part of the run before its end: write duration=..., or end it with a "
+                "signal (timeout 3600 ssl-lab ...), after which the same command goes on"
+            )
     check_targets(cfg)
 
 

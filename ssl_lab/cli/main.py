@@ -63,6 +63,8 @@ def _configured(verb: str, overrides: list[str], folders: list[Path], args: argp
     from ssl_lab.cli.compose import compose
 
     if args.multirun:
+        if args.cfg is not None:
+            raise UserError("--cfg job prints the configuration of one run: leave out -m, and give each key one value")
         from ssl_lab.cli.sweep import sweep
 
         return sweep(verb, overrides, folders)
