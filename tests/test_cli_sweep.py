@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_orphans import of_session
@@ -17,6 +18,8 @@ from ssl_lab.cli import launch
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
+from ssl_lab.errors import UserError
+from ssl_lab.train.signals import Signals
 
 STUB = """
 import json, os, signal, sys, time
@@ -37,7 +40,8 @@ if seed == 14:
 if seed == 15:
     os.kill(os.getpid(), signal.SIGKILL)
 if seed in (20, 21):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(75))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if seed == 20 else print("no"))
     os.system("sleep 1000 &")
     open(f"waiting-{seed}", "w").close()
@@ -102,6 +106,13 @@ def test_jobs_that_differ_in_the_seed_keep_the_usual_folder(stub):
 def test_a_name_that_is_given_is_lengthened(stub):
     assert sweep("method=mae name=short optim.lr=0.1,0.2") == 0
     assert [c.out for c in configurations()] == ["runs/short-optim.lr=0.1/0", "runs/short-optim.lr=0.2/0"]
+
+
+def test_values_are_shown_as_they_were_typed(stub, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert sweep("method=mae eval=[knn],[knn,linear]") == 0
+    table = capsys.readouterr().out.partition("sweep: ")[2]
+    assert "eval=[knn]" in table and "eval=[knn,linear]" in table
 
 
 def test_one_folder_for_all_is_refused(stub, capsys):
@@ -173,8 +184,13 @@ def test_two_sweeps_of_the_same_second(stub, monkeypatch):
 @pytest.mark.faults("C6", "a signal to a sweep: jobs are told and save, no more start, no process left")
 @pytest.mark.parametrize(
     ("seeds", "numbers", "code"),
-    [("0,20,1", [signal.SIGTERM], 75), ("0,20,1", [signal.SIGINT], 130), ("0,21,1", [signal.SIGINT] * 2, 130)],
-    ids=["TERM", "Ctrl-C", "Ctrl-C twice, of a job that does not end"],
+    [
+        ("0,20,1", [signal.SIGTERM], 75),
+        ("0,20,1", [signal.SIGHUP], 75),
+        ("0,20,1", [signal.SIGINT], 130),
+        ("0,21,1", [signal.SIGINT] * 2, 130),
+    ],
+    ids=["TERM", "HUP", "Ctrl-C", "Ctrl-C twice, of a job that does not end"],
 )
 def test_a_signal_ends_the_sweep_and_its_jobs(stub, seeds, numbers, code):
     program = "import sys; from ssl_lab.cli import launch; from ssl_lab.cli.main import main; "
@@ -199,6 +215,44 @@ def test_a_signal_ends_the_sweep_and_its_jobs(stub, seeds, numbers, code):
         assert not of_session(job)
     for left in of_session(job):
         os.kill(left, signal.SIGKILL)  # the stub's own child, when the stub was asked and did not care for it
+
+
+def test_a_reader_that_leaves_ends_no_sweep(stub):
+    program = "import sys; from ssl_lab.cli import launch; from ssl_lab.cli.main import main; "
+    program += f"launch.COMMAND = {launch.COMMAND!r}; sys.exit(main())"
+    command = [sys.executable, "-c", program, "-m", "method=mae", "seed=0,1,2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert [status["status"] for status in statuses()] == ["ok"] * 3
+
+
+def test_jobs_may_save_when_another_cannot_be_started(tmp_path):
+    said = []
+
+    class Patient:
+        def code(self):
+            return 75 if said else None
+
+        def stop(self, number):
+            said.append(number)
+
+        def kill(self):
+            said.append("kill")
+
+    class Full:
+        jobs = None
+
+        def start(self, job, log):
+            if job.number:
+                raise UserError("no room")
+            return Patient()
+
+    jobs = [launch.Job(number, "", ()) for number in (1, 0)]
+    source = SimpleNamespace(next=jobs.pop, ended=lambda job, code: "")
+    with Signals() as signals, pytest.raises(UserError):
+        launch.drive(Full(), source, signals, tmp_path, begun=lambda *_: None, over=lambda *_: None)
+    assert said == [signal.SIGTERM, "kill"]
 
 
 @pytest.mark.slow

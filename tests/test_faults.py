@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ssl_lab.cli.resume import holding
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.train import checkpoint
+from ssl_lab.train.callbacks import Checkpoints
 from ssl_lab.train.checkpoint import CheckpointFiles, find, read, stored
 from ssl_lab.train.loggers import CSVLogger, Loggers
 from ssl_lab.train.signals import Interrupted, Signals
@@ -213,6 +215,32 @@ def test_signals_wait_for_the_end_of_a_step():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_is_a_signal_unless_nohup_said_otherwise(nohup):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with Signals() as signals:
+            signals.deferred = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is (None if nohup else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_whoever_stops_the_training_has_it_saved(tmp_path, monkeypatch):
+    saved = []
+    callback = Checkpoints(tmp_path)
+    monkeypatch.setattr(callback, "save", lambda trainer: saved.append(trainer.global_step))
+    trainer = SimpleNamespace(global_step=1, max_steps=9, accumulate_grad_batches=1, should_stop=False)
+    method = SimpleNamespace(device=torch.device("cpu"))
+    callback.on_train_start(trainer, method)
+    callback.on_train_batch_end(trainer, method, None, None, 0)
+    assert saved == []
+    trainer.global_step, trainer.should_stop = 2, True
+    callback.on_train_batch_end(trainer, method, None, None, 1)
+    assert saved == [2] and trainer.should_stop
+
+
 @pytest.mark.faults("C16", "two runs of one folder at a time: the second is refused")
 def test_one_process_per_folder(tmp_path):
     import multiprocessing
@@ -242,11 +270,12 @@ def wait_for(path, seconds=60):
     raise AssertionError(f"{path} did not appear")
 
 
-USR = [pytest.param(number, 75, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGUSR2)]
+OTHERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+OTHERS = [pytest.param(number, 75, marks=pytest.mark.slow) for number in OTHERS]
 
 
-@pytest.mark.faults("C6", "SIGTERM, SIGINT, SIGUSR1, SIGUSR2: saved at the end of the step, code 75 or 130")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), *USR])
+@pytest.mark.faults("C6", "SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP: saved at the end of the step, code 75 or 130")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), *OTHERS])
 def test_signal_saves_and_leaves(tmp_path, number, code):
     out = tmp_path / "run"
     process = start([*LONG, f"out={out}", "data.num_workers=2"], log=tmp_path / "log")

@@ -114,6 +114,15 @@ def test_a_signal_takes_the_jobs_out_of_the_queue(slurm, tmp_path):
     assert subprocess.run(["squeue", "--me", "-h"], capture_output=True, text=True).stdout.split() == []
 
 
+def test_a_closed_terminal_leaves_the_jobs_to_slurm(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch_slurm.Queue, "look", lambda self: (1, frozenset({"7"})))
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("nothing is cancelled"))
+    job = launch_slurm.Submitted("7", tmp_path / "1.code", launch_slurm.Queue())
+    assert job.code() is None
+    job.stop(signal.SIGHUP)
+    assert job.code() == 75
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="runs shell scripts")
 def test_what_a_job_asks_for(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

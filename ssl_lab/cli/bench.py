@@ -19,6 +19,7 @@ from ssl_lab.bench.report import Report, Row
 from ssl_lab.bench.step import MethodStep, TrainStep, compute_dtype
 from ssl_lab.bench.timing import Timing, interleave, matmul_peak
 from ssl_lab.cli.rehearsal import batch_of, rehearsal
+from ssl_lab.cli.screen import screen
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
 from ssl_lab.train.metrics import peak_memory
@@ -38,7 +39,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"rounds={cfg.rounds}: time at least one round")
     if cfg.threads is not None and cfg.threads < 1:
         raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
-    console = Console(highlight=False)
+    console = screen()
     with tempfile.TemporaryDirectory(prefix="ssl-lab-bench-") as folder, quiet():
         report = _measure(Work(cfg, Path(folder)), console)
     report.show(console)

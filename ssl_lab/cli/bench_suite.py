@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
 from ssl_lab.bench import machine
 from ssl_lab.bench.kernels import kernel_times
@@ -18,6 +17,7 @@ from ssl_lab.bench.step import compute_dtype
 from ssl_lab.bench.suite import Measured, SuiteTable
 from ssl_lab.bench.timing import matmul_peak
 from ssl_lab.cli.generate import device_named
+from ssl_lab.cli.screen import screen
 from ssl_lab.errors import UserError
 
 ATTENTION = "attention"  # how the rows of kernels begin
@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"only={list(cfg.only)} leaves no row: there are {', '.join([*suite.rows, ATTENTION])}")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    device, console = device_named("auto"), Console(highlight=False)
+    device, console = device_named("auto"), screen()
     dtype = compute_dtype(cfg.precision)
     peaks = {
         str(kind).removeprefix("torch."): matmul_peak(device, kind) for kind in dict.fromkeys((torch.float32, dtype))

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ssl_lab.cli import machine
 from ssl_lab.cli.doctor_sound import sound
 from ssl_lab.cli.machine import Finding
+from ssl_lab.cli.screen import screen
 from ssl_lab.errors import UserError
 from ssl_lab.nn.attend import KERNELS, KernelName, attend, choose, supports
 from ssl_lab.nn.mask import FULL
@@ -21,7 +21,7 @@ HEAD_DIM, LENGTH = 64, 64
 
 def run(cfg: DictConfig) -> None:
     """Print the report. Problems are listed at the end; the exit code is 0 all the same."""
-    console = Console(highlight=False)
+    console = screen()
     sections = {
         "Versions": machine.versions(),
         "Devices": machine.devices(),

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import nn
 
 from ssl_lab.analysis.embedding import require_projection
@@ -18,6 +17,7 @@ from ssl_lab.cli.data_name import data_name
 from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.gallery_sound import SoundGallery
 from ssl_lab.cli.saved import load_config, own_tokenizer, run_folder, without_downloads
+from ssl_lab.cli.screen import screen
 from ssl_lab.cli.starting import decided_by_data
 from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.cli.watch import Extraction
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> None:
     data.setup("test")
     decided_by_data(method_config, data)
 
-    out, console = Path(cfg.out or folder or "runs/evaluate"), Console(highlight=False)
+    out, console = Path(cfg.out or folder or "runs/evaluate"), screen()
     rows: list[Row] = []
     other = data_name(saved.get("data") or {}, data_config)
     with Extraction(console, {"train": len(data.train), "test": len(data.test)}) as watch:

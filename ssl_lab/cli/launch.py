@@ -15,7 +15,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.train.signals import Signals
 
 COMMAND = [sys.executable, "-m", "ssl_lab.cli.job"]  # before the words of a job
-_POLL = 0.1  # seconds
+_POLL, _PATIENCE = 0.1, 30.0  # seconds between two looks at the jobs, and for saving before they are killed
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def drive(
         over: called when it has ended, with its exit code, its seconds, and what else went wrong.
 
     Raises:
-        UserError: a job cannot be started; those that run are killed.
+        UserError: a job cannot be started; those that run are told to save and end.
     """
     running: dict[Job, tuple[Running, float]] = {}
     told, signals.deferred = False, True
@@ -185,7 +185,24 @@ def drive(
                     del running[job]
                     over(job, code, time.monotonic() - since, source.ended(job, code))
             time.sleep(_POLL)
+    except KeyboardInterrupt:  # a second one: there is no time to save
+        for one, _ in running.values():
+            one.kill()
+        running.clear()
+        raise
     finally:
         signals.deferred = False
-        for one, _ in running.values():
+        _end([one for one, _ in running.values()])
+
+
+def _end(left: Sequence[Running]) -> None:
+    """Tell jobs to save and end, and kill what has not done so in time."""
+    deadline = time.monotonic() + _PATIENCE
+    try:
+        for one in left:
+            one.stop(signal.SIGTERM)
+        while time.monotonic() < deadline and any(one.code() is None for one in left):
+            time.sleep(_POLL)
+    finally:
+        for one in left:
             one.kill()

@@ -117,12 +117,14 @@ class Submitted:
 
     def __init__(self, number: str, ending: Path, queue: Queue) -> None:
         self.number, self._ending, self._queue = number, ending, queue
-        self._seen, self._cancelled = queue.look()[0], False
+        self._seen, self._cancelled, self._left = queue.look()[0], False, False
 
     def code(self) -> int | None:
-        """What the script wrote at its end; without that, 75 of a job that was cancelled here, and 1 of a lost one."""
+        """What the script wrote at its end; else 75 of a job that was cancelled or left here, 1 of a lost one."""
         if self._ending.is_file() and (text := self._ending.read_text().strip()):
             return int(text)
+        if self._left:
+            return 75
         looks, known = self._queue.look()
         if self.number in known:
             self._seen = looks
@@ -131,7 +133,13 @@ class Submitted:
         return 75 if self._cancelled else 1
 
     def stop(self, number: signal.Signals) -> None:
-        """Cancel: SLURM tells the ranks to end, which save; what is cancelled does not go back into the queue."""
+        """Cancel: SLURM tells the ranks to end, which save; what is cancelled does not go back into the queue.
+
+        A terminal that is closed (SIGHUP) is no reason: SLURM keeps the job.
+        """
+        if number == signal.SIGHUP:
+            self._left = True
+            return
         self._cancelled = True
         self.kill()
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from ssl_lab.cli import catalog
 from ssl_lab.cli.nearest import did_you_mean
+from ssl_lab.cli.screen import screen
 from ssl_lab.errors import UserError
 
 GROUPS = {"method": "Methods", "backbone": "Backbones", "data": "Data sets", "eval": "Evaluators", "suite": "Suites"}
@@ -18,7 +19,7 @@ def run(words: list[str], folders: list[Path]) -> None:
     chosen = [e for e in found if all(w.lower() in f"{e.name} {e.summary} {e.fields}".lower() for w in words)]
     if not chosen and words:
         raise UserError(f"no experiment mentions {' '.join(words)}; {did_you_mean(words[0], [e.name for e in found])}")
-    console = Console(highlight=False)
+    console = screen()
     console.print(Text("Experiments", style="bold"), Text("  ssl-lab experiment=NAME", style="dim"))
     for experiment in chosen:
         console.print(Text(f"  {experiment.name}", style="cyan"), Text(f"  {experiment.summary}"), soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
+from rich.text import Text
 
 from ssl_lab.bench import plan
 from ssl_lab.bench.devices import Accelerator, accelerator
@@ -16,6 +16,7 @@ from ssl_lab.bench.step import compute_dtype
 from ssl_lab.cli.compose import steps_of
 from ssl_lab.cli.plan_work import work_elsewhere, work_here
 from ssl_lab.cli.rehearsal import rehearsal
+from ssl_lab.cli.screen import screen
 from ssl_lab.cli.trainer import quiet
 from ssl_lab.errors import UserError
 
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    console = Console(highlight=False)
+    console = screen()
     with tempfile.TemporaryDirectory(prefix="ssl-lab-plan-") as folder, quiet():
         made = _plan(cfg, Path(folder), gpu)
     for line in _lines(made, cfg):
@@ -154,7 +155,7 @@ def _advice(cfg: DictConfig, work: plan.Work, batch: int, accumulate: int, need:
     return advice
 
 
-def _lines(p: Plan, cfg: DictConfig) -> list[str]:
+def _lines(p: Plan, cfg: DictConfig) -> list[str | Text]:
     """The plan in words and numbers."""
     rate = p.batch * p.accumulate * p.devices / p.step_seconds
     took = "timed here" if cfg.gpu is None else f"assumed: {cfg.utilisation:.0%} of the peak"
@@ -179,7 +180,7 @@ def _lines(p: Plan, cfg: DictConfig) -> list[str]:
     if p.scaling:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in p.scaling)
         lines["scaling"] = f"simulated from message sizes and bandwidths, speed beside perfect scaling: {shares}"
-    head = f"[bold]{p.name}[/bold] on {p.devices} x {p.where}, {p.precision}, {p.batch} samples each"
+    head = Text.assemble((p.name, "bold"), f" on {p.devices} x {p.where}, {p.precision}, {p.batch} samples each")
     if left := [key for key in ("compile", "float8") if cfg[key]]:
         lines["speed"] = f"{' and '.join(left)} left out of these figures"
     return [head, *(f"{name:<11}{text}" for name, text in lines.items()), *(f"-> {line}" for line in p.advice)]

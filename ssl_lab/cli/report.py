@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 
 from ssl_lab.cli.resume import Standing
 from ssl_lab.data.module import DataModule
@@ -18,7 +19,7 @@ from ssl_lab.schedules import Constant, Cosine, Linear, Schedule, Stairs, Warmup
 
 def heading(
     cfg: DictConfig, method: Method, data: DataModule, trainer: L.Trainer, steps: int, standing: Standing
-) -> list[str | Table]:
+) -> list[str | Text | Table]:
     """The run in a few lines: what is trained, on what, for how long, and from where."""
     samples = method.samples_per_step
     epochs = steps * samples / max(1, data.num_train)
@@ -37,7 +38,7 @@ def heading(
     if standing.path is not None:
         lines["goes on"] = f"from step {standing.step:,} ({standing.path})"
     width = max(11, *(len(name) + 2 for name in lines))
-    told: list[str | Table] = [f"[bold]{cfg.name}[/bold], seed {cfg.seed}"]
+    told: list[str | Text | Table] = [Text.assemble((str(cfg.name), "bold"), f", seed {cfg.seed}")]
     told += [f"{name:<{width}}{text}" for name, text in lines.items()]
     if float8 is not None and not method.parallel.compile:
         told.append("float8 without compile=true is slower than no float8: its casts then are passes of their own")

@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from ssl_lab.bench.scaling_report import Measured, Result, conclude
 from ssl_lab.cli import catalog
 from ssl_lab.cli.duration import parse_duration
 from ssl_lab.cli.resume import holding, require_same
+from ssl_lab.cli.screen import screen, unbroken
 from ssl_lab.errors import UserError
 from ssl_lab.evals.results import latest, read
 from ssl_lab.files import write_text
@@ -49,10 +49,10 @@ def run(cfg: DictConfig) -> None:
     """
     if cfg.count not in ("trained", "blocks"):
         raise UserError(f"count={cfg.count}: write trained or blocks")
-    cells, out, console = list(_cells(cfg)), Path(cfg.out), Console(highlight=False)
+    cells, out, console = list(_cells(cfg)), Path(cfg.out), screen()
     failed: list[str] = []
     measured: list[Measured] = []
-    with Signals() as signals, holding(out):
+    with unbroken(), Signals() as signals, holding(out):
         for number, cell in enumerate(cells, 1):
             started, head = time.monotonic(), f"{number}/{len(cells)} {cell.size}, {cell.duration}"
             there = _finished(cell)

@@ -8,10 +8,10 @@ from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.status import Status
 
 from ssl_lab.cli.compose import build
+from ssl_lab.cli.screen import screen
 from ssl_lab.data.shards import CLASSES
 from ssl_lab.data.shards_write import plan, write_shards
 from ssl_lab.errors import UserError
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
     sources = {split: build(node) for split, node in nodes.items()}
     if any(source.unit != "images" for source in sources.values()):
         raise UserError("shards are written of images, with captions or without, and these data are none")
-    out, console = Path(cfg.out), Console(highlight=False)
+    out, console = Path(cfg.out), screen()
     rows = {split: len(source) for split, source in sources.items()}
     plan(out, {"per_shard": cfg.per_shard, "rows": rows, "data": nodes})
     classes = next(iter(sources.values())).classes

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from ssl_lab.cli import compose as composing
 from ssl_lab.cli import overrides
 from ssl_lab.cli.launch import Job, Launcher, Source, drive
 from ssl_lab.cli.mistakes import explain_build
+from ssl_lab.cli.screen import screen, unbroken
 from ssl_lab.errors import UserError
 from ssl_lab.train.signals import CODES, Interrupted, Signals
 
@@ -143,7 +143,7 @@ def sweep(verb: str, typed: list[str], folders: list[Path]) -> int:
     except InstantiationException as error:
         raise explain_build(error, parts) or error from error.__cause__
     source = sweeper.source(Planner(verb, folders), [word for word in typed if word not in own])
-    with Signals() as signals, source.opened() as folder:
+    with unbroken(), Signals() as signals, source.opened() as folder:
         done = run(launcher, source, signals, folder)
         if conclusion := source.conclusion():
             print(conclusion)
@@ -232,8 +232,8 @@ def _summary(folder: Path, done: list[Status], total: int) -> int:
         table.add_row(str(status.job + 1), status.overrides, shown, f"{status.seconds:.1f}", status.out)
     ok, failed = (sum(status.status == wanted for status in done) for wanted in ("ok", "failed"))
     rest = {"stopped": len(done) - ok - failed, "not run": total - len(done)}
-    console = Console()
-    console.print(table, highlight=False)
+    console = screen()
+    console.print(table)
     told = "".join(f", {count} {name}" for name, count in rest.items() if count)
-    console.print(f"{ok} ok, {failed} failed{told}", highlight=False)
+    console.print(f"{ok} ok, {failed} failed{told}")
     return total - ok

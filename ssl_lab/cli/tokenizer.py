@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from ssl_lab.cli.screen import screen
 from ssl_lab.data.text_files import documents
 from ssl_lab.data.tokenizer import Tokenizer, load, trained
 from ssl_lab.errors import UserError
@@ -33,7 +32,7 @@ def run(cfg: DictConfig) -> None:
     Raises:
         UserError: no text, an unfit kind or size, or another tokenizer in `out`.
     """
-    console, out, path = Console(highlight=False), Path(str(cfg.out)), str(cfg.data.path)
+    console, out, path = screen(), Path(str(cfg.out)), str(cfg.data.path)
     given = cfg.data.column
     columns: list[str | None] = [given] if given is None or isinstance(given, str) else list(given)
     tokenizer = trained(
@@ -61,8 +60,8 @@ def run(cfg: DictConfig) -> None:
             counts = [f"{x:,}" for x in (found.documents, found.bytes, found.tokens)]
             table.add_row(column or Path(path).name, split, *counts, *shares)
     console.print(table)
-    console.print(Text(f"{out}: tokenizer.json, tokenizer_config.json"), soft_wrap=True)
-    console.print(Text(f"use it with data.tokenizer={out}"), soft_wrap=True)
+    console.print(f"{out}: tokenizer.json, tokenizer_config.json", soft_wrap=True)
+    console.print(f"use it with data.tokenizer={out}", soft_wrap=True)
 
 
 def packing(tokenizer: Tokenizer, path: str, split: str, column: str | None) -> Packing:

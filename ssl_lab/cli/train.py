@@ -12,8 +12,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ssl_lab.analysis.pictures import feature_maps
@@ -25,6 +25,7 @@ from ssl_lab.cli.ranks import join
 from ssl_lab.cli.report import heading, summary
 from ssl_lab.cli.resume import holding, require_fit, require_left, save_config, standing
 from ssl_lab.cli.saved import run_folder
+from ssl_lab.cli.screen import screen, unbroken
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_same_words, require_tokenizer
 from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
 from ssl_lab.cli.tuned import tune, whole
@@ -59,10 +60,10 @@ def run(cfg: DictConfig) -> None:
 
     Raises:
         UserError: a mistake in the configuration, the data, or the run folder.
-        SystemExit: 75 after SIGTERM, SIGUSR1 or SIGUSR2, 130 after SIGINT; the state is saved first.
+        SystemExit: 75 after SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP, 130 after SIGINT; the state is saved first.
     """
     first = join(cfg.trainer)
-    with quiet(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
+    with quiet(), unbroken(), Signals() as signals, holding(Path(cfg.out)) if first else contextlib.nullcontext():
         training = Training(cfg, signals, first=first)
         try:
             training.fit()
@@ -81,7 +82,7 @@ class Training:
         self.data.setup("fit")
         decided_by_data(cfg.method, self.data)
         require_tokenizer(cfg.method, self.data)
-        self.console = Console(quiet=not first, highlight=False)
+        self.console = screen(quiet=not first)
         self.method: Method = build_method(cfg.method, cfg.seed, self.say)
         self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         self.base = tune(self.method, self.config)
@@ -247,10 +248,10 @@ class Training:
                 drawn["features"] = side_by_side({"input": unnormalize(batch["image"], *stats), "features": colours})
         return drawn
 
-    def say(self, *parts: str | Table) -> None:
+    def say(self, *parts: str | Text | Table) -> None:
         """Show on the first rank; lines are not broken, so that paths can be copied."""
         for part in parts:
-            self.console.print(part, soft_wrap=isinstance(part, str))
+            self.console.print(part, soft_wrap=not isinstance(part, Table))
 
     def _leave(self) -> None:
         """End with the code of the signal, which may have come to another rank; a launcher wants 0 of those."""

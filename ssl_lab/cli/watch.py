@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from ssl_lab.evals.base import Split, Watch
 
@@ -36,7 +37,7 @@ class Extraction(Watch):
 
     def say(self, doing: str) -> None:
         """Shown on a terminal until something else is, not at all elsewhere."""
-        self._status.update(doing)
+        self._status.update(Text(doing))  # a path may have [brackets]
 
     def begin(self, evaluator: str) -> None:
         """An evaluator starts: most take seconds."""

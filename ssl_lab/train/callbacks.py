@@ -138,7 +138,8 @@ class Checkpoints(Checkpoint):
             return  # a file in the middle of an accumulation would lose the gradient so far
         step = trainer.global_step
         minutes = (time.monotonic() - self._clock) / 60
-        stop, late = _any_rank(pl_module.device, self._stop(), 0 < self.every_minutes <= minutes)
+        stop = self._stop() or trainer.should_stop  # others may end the training too
+        stop, late = _any_rank(pl_module.device, stop, 0 < self.every_minutes <= minutes)
         due = self.every_steps > 0 and step % self.every_steps == 0
         if stop or late or due or step == trainer.max_steps:
             self.save(trainer)

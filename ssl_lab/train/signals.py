@@ -7,8 +7,9 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-# 75 = try again (EX_TEMPFAIL), 130 as in a shell. Clusters warn by SIGUSR1 or, through submitit, by SIGUSR2.
-CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGINT: 130}
+# 75 = try again (EX_TEMPFAIL), 130 as in a shell. Clusters warn by SIGUSR1 or, through submitit, by SIGUSR2; a terminal
+# that is closed sends SIGHUP.
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 
 class Interrupted(SystemExit):
@@ -20,7 +21,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Catches what `CODES` lists while it is entered; a second SIGINT ends the process at once.
+    """Catches what `CODES` lists while it is entered; a second SIGINT ends the process at once. nohup still holds.
 
     While `deferred`, a signal only sets `received`, which the training loop reads at the end of a step. Otherwise it
     raises `Interrupted`. Processes made by fork ignore what their parent handles.
@@ -31,6 +32,8 @@ class Signals:
         self.deferred = False
         self._pid = os.getpid()
         self._former = {number: signal.getsignal(number) for number in CODES}
+        if self._former[signal.SIGHUP] == signal.SIG_IGN:  # by nohup
+            del self._former[signal.SIGHUP]
 
     def __enter__(self) -> Self:
         self.install()
@@ -46,7 +49,7 @@ class Signals:
     def install(self) -> None:
         """Take over the signals; again after Lightning, which sets handlers of its own when training starts."""
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-            for number in CODES:
+            for number in self._former:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
