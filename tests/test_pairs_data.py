@@ -1,5 +1,6 @@
 """Images with captions: tables, generated scenes, tokens, and the batches that are made of them."""
 
+import csv
 import io
 import logging
 from types import SimpleNamespace
@@ -306,6 +307,43 @@ def test_a_folder_may_hold_a_csv_for_each_split(tmp_path):
     (tmp_path / "test.csv").write_text("image,caption\n" + "\n".join(f"photos/{i}.png,c {i}" for i in range(15, 20)))
     assert (len(Pairs(tmp_path)), len(Pairs(tmp_path, split="test"))) == (15, 5)
     assert number_of(Pairs(tmp_path, split="test").read([1]).data[0]) == 16
+
+
+def test_quotes_that_somebody_said_swallow_no_lines_of_a_tsv(tmp_path):
+    said = ['"Go on', "he said", 'a "', '"Yes," she said', 'an 8" plate', '"No."']
+    head = "image\tcaption\tvotes\n"
+    path = csv_pack(tmp_path, head + "".join(f"photos/{i}.png\t{x}\t2\n" for i, x in enumerate(said)), "all.tsv")
+    found = [text for s in ("train", "test") for texts in captions_of(path, s) for text in texts]
+    assert sorted(found) == sorted(said)
+
+
+def test_quotes_around_fields_of_a_tsv_are_none_of_the_text(tmp_path):
+    said = ['She said "no".', "with a\ttab", "two\nlines", '"all of it"', "bare"]
+    path = csv_pack(tmp_path, "", "all.tsv")
+    with open(path, "w", newline="") as file:
+        lines = [("image", "caption"), *((f"photos/{i}.png", x) for i, x in enumerate(said))]
+        csv.writer(file, delimiter="\t").writerows(lines)
+    found = [text for s in ("train", "test") for texts in captions_of(path, s) for text in texts]
+    assert sorted(found) == sorted(said)
+
+
+def captions_of(path, split):
+    pairs = Pairs(path, split=split)
+    return pairs.captions(range(len(pairs)))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"), [("abc", ["a", "b", "c"]), ("102", ["0", "1", "2"]), ("1x2", ["1", "2", "x"])]
+)
+def test_classes_have_one_number_in_the_lists_of_all_splits(tmp_path, names, classes):
+    csv_pack(tmp_path, "image,caption,label\n" + f"photos/0.png,x,{names[0]}\nphotos/1.png,x,{names[2]}\n", "train.csv")
+    (tmp_path / "test.csv").write_text(f"image,caption,label\nphotos/2.png,x,{names[1]}\nphotos/3.png,x,{names[2]}\n")
+    (tmp_path / "dev.csv").write_text("image,caption\nphotos/4.png,x\n")
+    sources = [Pairs(tmp_path, split=s) for s in ("train", "test", "dev")]
+    assert all(x.classes == classes for x in sources)
+    targets = [x.read(range(len(x))).targets.tolist() for x in sources]
+    numbers = [classes.index(x) for x in names]
+    assert targets == [[numbers[0], numbers[2]], [numbers[1], numbers[2]], [-1]]
 
 
 def test_a_parquet_file_may_name_images_beside_it(tmp_path):
