@@ -113,6 +113,29 @@ def test_lists_of_paths_and_transcripts(tmp_path, separator):
     assert clips(file).read([0]).data[0].shape == (800,)
 
 
+@pytest.mark.parametrize("folders", [["clips"], ["clips", "more"]])  # one is no class, two would be
+def test_a_tokenizer_is_trained_on_the_transcripts_of_lists_in_a_folder(tmp_path, folders):
+    names = [f"{name}/{i}.wav" for name in folders for i in range(3)]
+    folder(tmp_path, names)
+    for split, words in (("train", WORDS[:3]), ("test", WORDS[3:])):
+        lines = [f"{names[i % len(names)]},{word}" for i, word in enumerate(words)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,transcript", *lines]))
+    tokenizer = trained(str(tmp_path), "word")
+    assert set(tokenizer.backend.get_vocab()) == {"<pad>", *WORDS}
+    assert clips(tmp_path, tokenizer, split="test").transcripts(range(3)) == WORDS[3:]
+    with pytest.raises(UserError, match=r"no transcripts and no classes: .*no column 'said'"):
+        trained(str(tmp_path), "word", transcript_column="said")
+
+
+def test_a_tokenizer_is_trained_on_the_classes_of_a_list_or_beside_one(tmp_path):
+    folder(tmp_path, [f"{name}/{i}.wav" for name in ("one", "two") for i in range(10)])
+    lines = [f"{name}/{i}.wav,{name}" for name in ("one", "two") for i in range(10)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines]))
+    for path in (tmp_path / "labels.csv", tmp_path):
+        assert set(trained(str(path), "word").backend.get_vocab()) == {"<pad>", "one", "two"}
+        assert set(clips(path).transcripts(range(10))) == {"one", "two"}
+
+
 def test_clips_in_memory_are_the_same(tmp_path):
     lengths = [0.1, 0.3, 0.05, 0.2, 0.15, 0.1]
     parquet(tmp_path, audio=[wav(i, s) for i, s in enumerate(lengths)])

@@ -1,12 +1,12 @@
 """Tokenizers trained on transcripts. The first token is for padding, which is also CTC's blank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from ssl_lab.data.medium import AUDIO
-from ssl_lab.data.pairs_table import open_pairs
+from ssl_lab.data.pairs_table import PairTable, csv_files, open_pairs
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.data.tokenizer_train import WHOLE, Kind, train
 from ssl_lab.data.tones import WORDS
@@ -59,14 +59,26 @@ def _trained(
     return Tokenizer(train([*texts, *blank], kind, vocab_size, own, origin=path))
 
 
-def _texts(path: str, split: str, column: str | None) -> Iterator[str]:
-    """The transcripts of a split, or the names of its classes."""
-    table = open_pairs(path, split, None, column, medium=AUDIO, optional=True)
-    if table.texts is None or not table.texts.column_names:
-        if not table.classes:
-            raise UserError(f"{path} has no transcripts and no classes: list its clips with transcripts in a .csv file")
-        yield from table.classes
-        return
-    for start in range(0, len(table), _READ):
-        for found in table.captions(range(start, min(start + _READ, len(table)))):
-            yield from found[:1]
+def _texts(path: str, split: str, column: str | None) -> list[str]:
+    """The transcripts of a split as `Clips` finds them, or the names of its classes."""
+    local, found = Path(path).expanduser(), list[str]()
+    why = "list its clips with transcripts in a .csv file"
+    if local.is_dir() and csv_files(local, alone=False):
+        try:
+            found = _transcripts(open_pairs(path, split, None, column, medium=AUDIO))
+        except UserError as error:
+            why = str(error)
+        if not found and column is None:  # what the folders are called, beside a list of something else
+            with suppress(UserError):
+                found = open_pairs(path, split, medium=AUDIO, optional=True).classes
+    else:
+        table = open_pairs(path, split, None, column, medium=AUDIO, optional=True)
+        found = _transcripts(table) or table.classes
+    if not found:
+        raise UserError(f"{path} has no transcripts and no classes: {why}")
+    return found
+
+
+def _transcripts(table: PairTable) -> list[str]:
+    parts = (range(start, min(start + _READ, len(table))) for start in range(0, len(table), _READ))
+    return [texts[0] for rows in parts for texts in table.captions(rows) if texts]

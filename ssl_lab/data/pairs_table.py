@@ -76,7 +76,7 @@ def open_pairs(
         UserError: nothing is there, a column is missing, or no row has a caption.
     """
     local = Path(path).expanduser()
-    if files := _csv_files(local, optional):
+    if files := csv_files(local, optional):
         wanted = (image_column, caption_column, label_column)
         table = from_list(local, files, split, *wanted, medium, optional)
         return PairTable(table, _all_columns(table, medium).select_columns(["captions"]))
@@ -98,7 +98,7 @@ def open_pairs(
     return PairTable(table, _all_columns(table, medium).select_columns(columns), base)
 
 
-def _csv_files(local: Path, alone: bool) -> list[Path]:
+def csv_files(local: Path, alone: bool) -> list[Path]:
     """`local` itself if it is a .csv or .tsv, or (unless `alone`) those in it, if there is no parquet too."""
     if local.is_file():
         return [local] if local.suffix.lower() in _CSV else []
