@@ -175,6 +175,62 @@ def test_one_parquet_file_with_named_columns_and_words_as_classes(tmp_path: Path
         HFImages(file, label_column="lable")
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "targets", "classes"),
+    [
+        ([1.0, None, 0.0], [2.0, 0.0, float("nan")], [[1, -1, 0], [2, 0, -1]], ["0", "1", "2"]),  # as pandas has them
+        ([1, -100, 0], [-1, 1, 1], [[1, -1, 0], [-1, 1, 1]], ["0", "1"]),
+        ([True, False, None], [True, True, True], [[1, 0, -1], [1, 1, 1]], ["0", "1"]),
+        (["b", "a", None], [None, None, None], [[1, 0, -1], [-1, -1, -1]], ["a", "b"]),
+    ],
+)
+def test_labels_of_every_kind(tmp_path: Path, train: list, test: list, targets: list, classes: list) -> None:
+    write(tmp_path / "train.parquet", 3, label=train)
+    write(tmp_path / "test.parquet", 3, label=test)
+    for split, wanted in zip(("train", "test"), targets, strict=True):
+        images = HFImages(tmp_path, split=split)
+        assert images.read(range(3)).targets.tolist() == wanted and images.classes == classes
+
+
+@pytest.mark.parametrize(
+    "values", [[[0], [1, 2], []], [{"x": 1}, {"x": 2}, None], [0.5, 0.1, 2.0], [1 << 63, 7, 8], [b"a", b"b", b"c"]]
+)
+def test_a_label_column_without_classes_ends_no_run(
+    tmp_path: Path, values: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    column = pa.array(values, pa.uint64()) if values[0] == 1 << 63 else pa.array(values)
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", 3, label=column)
+    images = HFImages(tmp_path)
+    assert images.classes == [] and images.read([0, 2]).targets.tolist() == [-1, -1]
+    assert caplog.text.count("column 'label' holds") == caplog.text.count("passed over") == 1
+    with pytest.raises(UserError, match="column 'label' holds") as error:
+        HFImages(tmp_path, label_column="label")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, "label"])
+def test_a_split_without_labels(tmp_path: Path, given: str | None) -> None:
+    write(tmp_path / "train.parquet", 3, label=["b", "a", "c"])
+    write(tmp_path / "test.parquet", 2)
+    train, test = (HFImages(tmp_path, split=x, label_column=given) for x in ("train", "test"))
+    assert train.classes == ["a", "b", "c"] and train.read([0, 1]).targets.tolist() == [1, 0]
+    assert test.read([0, 1]).targets.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3], [[1], [2], [3]]])
+def test_a_column_that_holds_no_images_is_named(tmp_path: Path, values: list) -> None:
+    table = {"image": values, "photo": [plain(i) for i in range(3)]}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(table), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"'image' holds .*int64.*, not bytes or paths: set image_column") as error:
+        HFImages(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="'image' holds"):
+        HFImages(tmp_path, image_column="image")
+    assert len(HFImages(tmp_path, image_column="photo")) == 3
+
+
 def test_hugging_face_features_are_understood(tmp_path: Path) -> None:
     features = datasets.Features({"img": datasets.Image(), "y": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"img": [Image.new("RGB", (5, 5), (i, 0, 0)) for i in range(4)], "y": [0, 1, 1, 0]}

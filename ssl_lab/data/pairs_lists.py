@@ -97,7 +97,8 @@ def from_list(
         features["label"] = Value("int64" if kind is int else "string")
     rows = Dataset.from_dict(columns, Features(features))
     known = sorted(map(kind, said))
-    table = table_of(rows, str(file), medium.one, "label" if said else None, lambda column: known, None, medium)
+    given = "label" if label_column and said else None
+    table = table_of(rows, str(file), medium.one, given, lambda column: known, None, medium)
     table.origin = ""  # a sample is named by its path
     if not divide:
         return table

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ssl_lab.data.folders import HELD_OUT, choose, class_folders, files_below, missing, nothing_in, share, split_folders
 from ssl_lab.data.medium import IMAGES, Medium
+from ssl_lab.data.table_labels import kind_of, labels_of
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold
 
 if TYPE_CHECKING:
     import datasets
-
-_LABEL_NAMES = ("label", "labels", "target", "class")
 
 
 @dataclass(slots=True)
@@ -105,16 +104,20 @@ def _folder(root: Path, split: str, medium: Medium) -> Table:
 def _parquet(
     root: Path, files: list[Path], split: str, column: str | None, label_column: str | None, medium: Medium
 ) -> Table:
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import load_dataset
+    from pyarrow.types import is_nested
 
     splits: dict[str, list[Path]] = {}
     names: list[str] | None = None
+    schemas = {}
     for file in files:
         try:
-            metadata = pq.read_schema(file).metadata or {}
+            schemas[file] = pq.read_schema(file)
         except Exception as error:
             raise UserError(f"{file} is no readable parquet file: {_line(error)}") from error
+        metadata = schemas[file].metadata or {}
         names = json.loads(metadata[b"classes"]) if b"classes" in metadata else names
         named = re.match(rf"(train|{'|'.join(HELD_OUT)})(?![a-z])", file.stem)
         splits.setdefault(named[1] if named else "", []).append(file)
@@ -123,10 +126,13 @@ def _parquet(
         raise UserError(f"no {medium.many} in {', '.join(map(str, chosen))}: there are no rows")
 
     def values(column: str) -> list[Any]:
-        return list({x for file in files for x in pq.read_table(file, columns=[column])[column].unique().to_pylist()})
+        usable = (x for x in files if column in schemas[x].names and not is_nested(schemas[x].field(column).type))
+        return list({x for file in usable for x in pq.read_table(file, columns=[column])[column].unique().to_pylist()})
 
     rows = load_dataset("parquet", data_files=[str(x) for x in chosen], split="train")
     origin = str(chosen[0] if len(chosen) == 1 else root)
+    if label_column not in rows.features and any(label_column in x.names for x in schemas.values()):
+        rows = rows.add_column(label_column, pa.nulls(len(rows)))  # only another split is labelled
     table = table_of(rows, origin, column, label_column, values, names, medium)
     if divide and (told := _told(rows)):
         held_out = split != "train"
@@ -179,40 +185,30 @@ def table_of(
             raise UserError(f"{origin} has no column {given!r}: it has {', '.join(features)}")
     kind = getattr(datasets, medium.feature)
     typed = [x for x, feature in features.items() if isinstance(feature, kind)]
-    labels = [x for x, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = column or next((x for x in (*typed, *medium.columns) if x in features), None)
-    label = label_column or next((x for x in (*labels, *_LABEL_NAMES) if x in features), None)
+    usual = [column] if column else [x for x in (*typed, *medium.columns) if x in features]
+    found = next((x for x in usual if x in typed or _holds_files(features[x])), None)
     if found is None:
+        said = f": {usual[0]!r} holds {kind_of(rows, usual[0])}, not bytes or paths" if usual else ""
         one_of = ", ".join(features)
-        raise UserError(f"{origin} has no column of {medium.many}: set {medium.one}_column to one of {one_of}")
-    targets, classes = torch.full((len(rows),), -1), list[str]()
-    if label is not None:
-        labelled = rows.with_format("arrow")[:][label].to_pylist()
-        names = names or getattr(features[label], "names", None)
-        targets, classes = _targets(labelled, [x for x in values(label) if x is not None], names, f"{origin} {label}")
+        raise UserError(f"{origin} has no column of {medium.many}{said}: set {medium.one}_column to one of {one_of}")
+    targets, classes = labels_of(rows, label_column, values, names, origin)
     if found in typed:
         rows = rows.cast_column(found, kind(decode=False))
     return Table(rows.select_columns([found]), found, targets, classes, origin, columns=rows)
 
 
-def _targets(column: list[Any], known: list[Any], names: list[str] | None, origin: str) -> tuple[Tensor, list[str]]:
-    if known and all(isinstance(x, str) for x in known):
-        names = sorted(known)
-        number = {x: i for i, x in enumerate(names)}
-        return torch.tensor([-1 if x is None else number[x] for x in column]), names
-    if not all(isinstance(x, int) for x in known):
-        raise UserError(f"{origin} holds {type(known[0]).__name__} values, not classes: set label_column")
-    names = names or [str(i) for i in range(max(known, default=-1) + 1)]
-    if max(known, default=-1) >= len(names):
-        raise UserError(f"{origin} holds class {max(known)}, but only {len(names)} classes are named")
-    return torch.tensor([-1 if x is None else x for x in column]), list(names)
+def _holds_files(feature: Any) -> bool:
+    """Whether `bytes_of` can read a column."""
+    if isinstance(feature, dict):
+        return not {"bytes", "path"}.isdisjoint(feature)
+    return getattr(feature, "dtype", "").removeprefix("large_").removesuffix("_view") in ("binary", "string")
 
 
 def bytes_of(value: Any, base: Path | None = None) -> bytes:
     """What a cell holds, or what is in the file that it names, from `base` on; empty where that cannot be opened."""
     if isinstance(value, bytes):
         return value
-    entry: dict[str, Any] = {"path": value} if isinstance(value, str) else value or {}
+    entry: dict[str, Any] = {"path": value} if isinstance(value, str) else value if isinstance(value, dict) else {}
     inside: bytes | None = entry.get("bytes")
     if inside is not None or not entry.get("path"):
         return inside or b""
