@@ -14,8 +14,12 @@ from training import TINY
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.data_name import data_name
+from ssl_lab.cli.gallery import Gallery
 from ssl_lab.cli.main import main
 from ssl_lab.cli.usage import verb_of
+from ssl_lab.errors import UserError
+from ssl_lab.evals.collapse import Collapse
+from ssl_lab.evals.linear import Linear
 from ssl_lab.evals.results import read
 
 ARCHITECTURE = [word for word in TINY if word.startswith(("method", "backbone", "data"))]
@@ -221,6 +225,7 @@ def test_an_untrained_encoder_depends_on_the_seed_alone(tmp_path):
         (["ckpt=RUN", "device=abacus"], "device=abacus"),
         (["ckpt=RUN", "+data.batch_size=0"], "data.batch_size is 0"),
         (["ckpt=RUN/metrics.json"], "metrics.json"),
+        (["ckpt=RUN", "out=RUN/config.yaml"], "config.yaml: File exists; give a folder that can be written to"),
         (["ckpt=RUN", "suite=vison"], "suite=vison does not exist; did you mean vision?"),
         (["ckpt=RUN", "projection=tsne"], "projection=tsne does not exist; there are pca, umap"),
         (["ckpt=RUN", "suite=vision", "eval.low_shot.fractions=[2]"], "low_shot.fractions=[2]"),
@@ -275,6 +280,43 @@ def test_a_long_extraction_is_shown(monkeypatch):
             now[0] += 20
             shown.rows("test", done, 60)
     assert console.file.getvalue() == "trained: features of train, 3,100 of 5,000, 100 a second\n"
+
+
+def test_what_was_measured_outlives_a_failure_of_the_next(run, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise UserError("no room")
+
+    out = tmp_path / "out"
+    words = ["evaluate", f"ckpt={run}", "eval=[knn,collapse]", f"out={out}"]
+    with monkeypatch.context() as broken:
+        broken.setattr(Collapse, "run", fail)
+        assert main(words) == 2
+    assert {r.evaluator for r in read(out / "metrics.json")} == {"knn"}
+    monkeypatch.setattr(Gallery, "write", fail)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "rankme" in capsys.readouterr().out and {r.evaluator for r in read(out / "metrics.json")} == {
+        "knn",
+        "collapse",
+    }
+    (out / "metrics.json").write_text("{")
+    monkeypatch.setattr(Collapse, "run", None)
+    assert main(words) == 2
+    assert "metrics.json is not a list of results" in capsys.readouterr().err
+
+
+def test_training_too_keeps_each_result_at_once(run, capsys, monkeypatch):
+    words = [*repeated(run), "eval=[knn,collapse,linear]", "eval.linear.passes=1"]
+    with monkeypatch.context() as broken:
+        broken.setattr(Linear, "run", None)
+        assert main(words) == 1
+    found = values(run)
+    assert ("trained", 4, "collapse", "rankme") in found and ("trained", 4, "linear", "top1") not in found
+    monkeypatch.setattr(Collapse, "run", None)
+    assert main(words) == 0 and values(run).items() >= found.items()
+    last = (run / "metrics.csv").read_text().splitlines()
+    row = dict(zip(last[0].split(","), last[-1].split(","), strict=True))
+    assert row["step"] == "4" and row["eval/linear/top1"] and row["eval/collapse/rankme"]
 
 
 def test_rows_are_plain_json(trained):

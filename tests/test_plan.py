@@ -120,6 +120,8 @@ def test_this_machine_is_timed(tmp_path, capsys) -> None:
     [
         (["gpu=abacus"], "gpu=abacus is not listed"),
         (["devices=8"], "devices=8 of this machine cannot be foretold"),
+        (["out=."], "out=. is a folder: give the name of a file"),
+        (["out=/dev/null/plan.json"], "out=/dev/null: File exists"),
         (["utilisation=1.5"], "utilisation is above 0 and at most 1"),
     ],
 )

@@ -105,6 +105,8 @@ def test_the_verb_writes_what_training_reads(tmp_path, capsys):
     assert "3 of them there before" in capsys.readouterr().out.replace("\n", " ")
     assert main(["shards", *words, f"out={out}", "per_shard=20"]) == 2
     assert main(["shards", *words, f"out={out}", "per_shard=0"]) == 2
+    assert main(["shards", *words, f"out={out / 'classes.json'}"]) == 2
+    assert "give a folder that can be written to" in capsys.readouterr().err
     assert main(["shards", "data=captions", f"out={tmp_path / 'no'}"]) == 2
     assert "none" in capsys.readouterr().err
 

@@ -219,6 +219,9 @@ def test_verb(tmp_path, monkeypatch, capsys):
     assert main([*words, "vocab_size=140"]) == 2
     assert "holds another tokenizer" in capsys.readouterr().err
     assert load(tmp_path).vocab_size == 150
+    monkeypatch.setattr("ssl_lab.cli.tokenizer.trained", None)  # not even begun
+    assert main([*[word for word in words if "out=" not in word], f"out={tmp_path / 'tokenizer.json'}"]) == 2
+    assert "give a folder that can be written to" in capsys.readouterr().err
 
 
 def test_a_word_is_a_token(corpus, tmp_path):

@@ -21,11 +21,12 @@ from ssl_lab.cli.screen import screen
 from ssl_lab.cli.starting import decided_by_data
 from ssl_lab.cli.tuned import rebuild, whole
 from ssl_lab.cli.watch import Extraction
+from ssl_lab.cli.writable import require_folder
 from ssl_lab.data.audio_module import AudioModule
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
 from ssl_lab.evals.pixels import Pixels
-from ssl_lab.evals.results import Row, markdown, matrix, table, write
+from ssl_lab.evals.results import Row, markdown, matrix, read, table, write
 from ssl_lab.evals.runner import run_round
 from ssl_lab.files import write_text
 from ssl_lab.train import average as mean
@@ -39,10 +40,11 @@ Plain = dict[str, Any]
 def run(cfg: DictConfig) -> None:
     """Build as trained, load, evaluate, draw.
 
-    Rows go to `metrics.json`; as a table to the screen and to `table.md`; pictures to `pictures/index.html`.
+    Rows go to `metrics.json`, after each evaluator; as a table to the screen and to `table.md`; pictures to
+    `pictures/index.html`.
 
     Raises:
-        UserError: nothing to evaluate or to evaluate with, or weights that do not fit.
+        UserError: nowhere to write, nothing to evaluate or to evaluate with, or weights that do not fit.
     """
     given: Plain = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     spec = None if cfg.ckpt is None else str(cfg.ckpt)
@@ -56,22 +58,27 @@ def run(cfg: DictConfig) -> None:
     evaluators = build(given.get("eval") or {})
     if not evaluators:
         raise UserError("eval=[] leaves nothing to do: choose e.g. eval=[knn,linear]")
+    out, console = Path(cfg.out or folder or "runs/evaluate"), screen()
+    require_folder(out)
+    read(out / "metrics.json")  # whether results can be added to it
     data = build(data_config)
     data.setup("test")
     decided_by_data(method_config, data)
 
-    out, console = Path(cfg.out or folder or "runs/evaluate"), screen()
     rows: list[Row] = []
     other = data_name(saved.get("data") or {}, data_config)
     with Extraction(console, {"train": len(data.train), "test": len(data.test)}) as watch:
+
+        def keep(found: list[Row]) -> None:
+            rows.extend(replace(row, data=other) for row in found)
+            write(out / "metrics.json", rows)
 
         def judge(method: nn.Module, step: int, subject: str) -> Round:
             able, watch.subject = evaluators, subject
             if isinstance(method, Pixels):  # they have features and no more
                 able = {name: e for name, e in evaluators.items() if isinstance(method, e.needs)}
             round = Round(method.to(fabric.device), data, fabric.autocast, watch)
-            found = run_round(able, round, step=step, subject=subject, say=console.print)
-            rows.extend(replace(row, data=other) for row in found)
+            run_round(able, round, step=step, subject=subject, say=console.print, keep=keep)
             return round
 
         if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
@@ -89,7 +96,7 @@ def run(cfg: DictConfig) -> None:
             watch.say(f"reading {spec}")
             step, subject = _load(method, spec, cfg.average, base, has_run=folder is not None)
         round = judge(method, step, subject)
-        write(out / "metrics.json", rows)
+        console.print(table(rows))
         write_text(out / "table.md", markdown(rows))
         places = {"table": out / "table.md", "protocols": out / "metrics.json"}
         sound = isinstance(data, AudioModule)
@@ -99,7 +106,6 @@ def run(cfg: DictConfig) -> None:
             last = [row for row in rows if row.subject == subject]
             gallery = (SoundGallery if sound else Gallery)(round, cfg.projection, cfg.seed)
             places["pictures"] = gallery.write(out / "pictures", title, matrix(last) if last else ())
-    console.print(table(rows))
     for name, path in places.items():
         console.print(f"{name:<10} {path}", soft_wrap=True)
 

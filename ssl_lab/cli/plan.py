@@ -18,6 +18,7 @@ from ssl_lab.cli.plan_work import work_elsewhere, work_here
 from ssl_lab.cli.rehearsal import rehearsal
 from ssl_lab.cli.screen import screen
 from ssl_lab.cli.trainer import quiet
+from ssl_lab.cli.writable import require_file
 from ssl_lab.errors import UserError
 
 _ON_CPU = {"16": "bf16-mixed", "16-mixed": "bf16-mixed", "16-true": "bf16-true"}  # as wide, where fp16 is refused
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> None:
     """Probe small batches, and whole ones that fit, work the plan out, print it, and write `out` if it is given.
 
     Raises:
-        UserError: no such accelerator, or numbers that mean nothing.
+        UserError: no such accelerator, numbers that mean nothing, or an `out` that cannot be written.
     """
     if cfg.devices < 1 or not 0 < cfg.utilisation <= 1 or (cfg.rows is not None and cfg.rows < 1):
         raise UserError("devices and rows are at least 1, utilisation is above 0 and at most 1")
@@ -64,6 +65,8 @@ def run(cfg: DictConfig) -> None:
         raise UserError(
             f"devices={cfg.devices} of this machine cannot be foretold: name what they are, such as gpu=h100"
         )
+    if cfg.out is not None:
+        require_file(Path(cfg.out))
     gpu = None if cfg.gpu is None else accelerator(cfg.gpu)
     if cfg.threads is not None and cfg.threads < 1:
         raise UserError(f"threads={cfg.threads}: give 1 or more, or null for torch's choice")
@@ -75,7 +78,6 @@ def run(cfg: DictConfig) -> None:
     for line in _lines(made, cfg):
         console.print(line, soft_wrap=True)
     if cfg.out is not None:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out).write_text(json.dumps(asdict(made), indent=2) + "\n")
         console.print(f"figures: {cfg.out}")
 

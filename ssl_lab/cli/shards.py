@@ -12,6 +12,7 @@ from rich.status import Status
 
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.screen import screen
+from ssl_lab.cli.writable import require_folder
 from ssl_lab.data.shards import CLASSES
 from ssl_lab.data.shards_write import plan, write_shards
 from ssl_lab.errors import UserError
@@ -26,10 +27,12 @@ def run(cfg: DictConfig) -> None:
     The same command continues where it was stopped.
 
     Raises:
-        UserError: no images, or a folder with other shards.
+        UserError: no images, or a folder with other shards or where nothing can be written.
     """
     if cfg.per_shard < 1:
         raise UserError(f"per_shard={cfg.per_shard}: a shard holds at least 1 row")
+    out, console = Path(cfg.out), screen()
+    require_folder(out)
     nodes: dict[str, Any] = {split: OmegaConf.to_container(cfg.data[split]) for split in _SPLITS if split in cfg.data}
     for node in nodes.values():  # captions are written as they are
         parameters = inspect.signature(get_object(node["_target_"])).parameters
@@ -40,7 +43,6 @@ def run(cfg: DictConfig) -> None:
     sources = {split: build(node) for split, node in nodes.items()}
     if any(source.unit != "images" for source in sources.values()):
         raise UserError("shards are written of images, with captions or without, and these data are none")
-    out, console = Path(cfg.out), screen()
     rows = {split: len(source) for split, source in sources.items()}
     plan(out, {"per_shard": cfg.per_shard, "rows": rows, "data": nodes})
     classes = next(iter(sources.values())).classes

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from ssl_lab.cli.screen import screen
+from ssl_lab.cli.writable import require_folder
 from ssl_lab.data.text_files import documents
 from ssl_lab.data.tokenizer import Tokenizer, load, trained
 from ssl_lab.errors import UserError
@@ -30,9 +31,10 @@ def run(cfg: DictConfig) -> None:
     """Train on `data`, write `out`, show bytes per token on the split it was trained on and on what is held out.
 
     Raises:
-        UserError: no text, an unfit kind or size, or another tokenizer in `out`.
+        UserError: no text, an unfit kind or size, another tokenizer in `out`, or nothing can be written there.
     """
     console, out, path = screen(), Path(str(cfg.out)), str(cfg.data.path)
+    require_folder(out)
     given = cfg.data.column
     columns: list[str | None] = [given] if given is None or isinstance(given, str) else list(given)
     tokenizer = trained(

@@ -100,6 +100,8 @@ class Training:
         if self.ema is not None and str(cfg.trainer.precision).endswith("16-true"):
             raise UserError(f"ema={cfg.ema} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
         self.trainer = self._trainer()
+        precision = self.trainer.precision_plugin.forward_context
+        self._rows = functools.partial(run_all, data=self.data, precision=precision, say=self.say)
         if (float8 := self.method.parallel.float8) is not None:
             float8.require(self.method, self.trainer.strategy.root_device, self.trainer.precision)
         world_size = self.trainer.world_size
@@ -205,24 +207,23 @@ class Training:
 
     def _evaluate(self, names: Sequence[str], step: int) -> dict[str, float]:
         """In training, where logging is the callback's business."""
-        rows = self._rows({name: self.evaluators[name] for name in names}, step, "trained", self.method)
-        self._record(rows)
-        return logged(rows)
+        chosen = {name: self.evaluators[name] for name in names}
+        return logged(self._rows(chosen, self.method, step=step, keep=self._record))
 
     def _judge(self, evaluators: Mapping[str, Evaluator], step: int, subject: str, method: nn.Module) -> None:
-        """Before and after training; results last, since what they hold is not done again."""
+        """Before and after training, each result kept at once."""
         method.to(self.trainer.strategy.root_device)
         if not evaluators:
             return
-        rows = self._rows(evaluators, step, subject, method)
         if subject == "trained":
             self.loggers.open()
-            self.loggers.scalars(logged(rows), step)
-        self._record(rows)
 
-    def _rows(self, evaluators: Mapping[str, Evaluator], step: int, subject: str, method: nn.Module) -> list[Row]:
-        precision = self.trainer.precision_plugin.forward_context
-        return run_all(evaluators, method, self.data, step=step, subject=subject, precision=precision, say=self.say)
+        def keep(rows: list[Row]) -> None:
+            if subject == "trained":
+                self.loggers.scalars(logged(rows), step)
+            self._record(rows)  # last, since what is recorded is not done again
+
+        self._rows(evaluators, method, step=step, subject=subject, keep=keep)
 
     def _record(self, rows: list[Row]) -> None:
         if self.first:

@@ -23,6 +23,7 @@ def run_all(
     subject: str = "trained",
     precision: Precision = nullcontext,
     say: Callable[[str], None] = print,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Run `evaluators` (by name) on `method`, in training or offline; the same code serves both.
 
@@ -37,12 +38,13 @@ def run_all(
         subject: whose features these are: "trained", "random encoder", "raw pixels", ...
         precision: autocast context of the forward passes, e.g. `trainer.precision_plugin.forward_context`.
         say: gets a line for every evaluator that was skipped or left something out, on rank 0.
+        keep: gets the rows of each evaluator as soon as it is done.
 
     Raises:
         UserError: the method lacks a capability, a split is empty, or features are not finite.
     """
     round = Round(method, data, precision)
-    return run_round(evaluators, round, step=step, subject=subject, say=say)
+    return run_round(evaluators, round, step=step, subject=subject, say=say, keep=keep)
 
 
 def run_round(
@@ -52,6 +54,7 @@ def run_round(
     step: int = 0,
     subject: str = "trained",
     say: Callable[[str], None] = print,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The same in a round that the caller made, whose features are then at hand for more."""
     require(evaluators, round.method)
@@ -71,10 +74,12 @@ def run_round(
                 say(f"evaluator {name}: {note}")
             seconds = round_to(time.perf_counter() - start)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            rows += [
+            found = [
                 Row(subject, step, name, key, float(value), round.samples, evaluator.protocol, seconds, now)
                 for key, value in values.items()
             ]
+            keep(found)
+            rows += found
     return rows
 
 
