@@ -1,5 +1,6 @@
 """`-m`: every combination is checked before the first runs; jobs are processes, and none hides another."""
 
+import errno
 import json
 import os
 import signal
@@ -159,6 +160,26 @@ def test_a_mistake_in_any_job_is_found_before_the_first(stub, capsys, words, tol
     assert sweep(f"method=mae seed=0,1 {words}") == 2
     assert told in capsys.readouterr().err
     assert not list(Path().iterdir())
+
+
+def test_nowhere_to_write_is_one_line(stub, capsys):
+    Path("runs").touch()
+    assert sweep("method=mae seed=0,1") == 2
+    told = capsys.readouterr().err
+    assert "runs/sweeps" in told and len(told.splitlines()) == 1
+
+
+def test_a_full_disk_under_the_list_of_jobs_ends_none(stub, capsys, monkeypatch):
+    def full(path, *mode, **options):
+        if path.name == "jobs.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, *mode, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    assert sweep("method=mae seed=0,1") == 0
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 2 and "2 ok, 0 failed" in out
 
 
 def test_a_launcher_needs_several_runs(stub, capsys):

@@ -27,6 +27,7 @@ if os.path.exists(f"kill-{trial}"):
     sys.exit(75)
 if os.path.exists(f"stop-{trial}"):
     os.remove(f"stop-{trial}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the sweep hands on, maybe before the exit
     os.kill(os.getppid(), signal.SIGTERM)
     sys.exit(75)
 if os.path.exists(f"fail-{trial}"):
@@ -94,6 +95,7 @@ def test_a_search_goes_on(stub, capsys, how, code):
     out = capsys.readouterr().out
     assert "2 ok, 0 failed\n" in out and "best of 4" in out
     assert main([*WORDS, *SEARCH, "sweeper.trials=4"]) == 0 and len(seen()) == 5, "nothing is left to do"
+    assert main([*WORDS, *SEARCH, "sweeper.trials=2"]) == 0 and "0 ok, 0 failed\n" in capsys.readouterr().out
     assert main([*WORDS, *SEARCH, "sweeper.trials=4", "seed=3"]) == 2, "another search in the same folder"
     assert "sweeper.name" in capsys.readouterr().err
 

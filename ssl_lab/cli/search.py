@@ -105,7 +105,7 @@ class Search:
             self._study.sampler = optuna.samplers.TPESampler(seed=self.settings.seed + len(trials))
             left = [trial for trial in trials if not trial.state.is_finished()]
             self._left = [optuna.Trial(self._study, trial._trial_id) for trial in left]
-            self.before = len(trials) - len(left)
+            self.total, self.before = max(self.total, len(trials)), len(trials) - len(left)
             yield self._folder
 
     def next(self) -> Job | None:

@@ -128,7 +128,7 @@ def sweep(verb: str, typed: list[str], folders: list[Path]) -> int:
     """Check every combination, run them, print the summary. 0 if all went well, else 1.
 
     Raises:
-        UserError: a mistake in any combination, or two that share a run folder.
+        UserError: a mistake in any combination, two that share a run folder, or nowhere to write.
         Interrupted: a signal came; jobs that ran have saved.
     """
     for word in typed:
@@ -143,10 +143,14 @@ def sweep(verb: str, typed: list[str], folders: list[Path]) -> int:
     except InstantiationException as error:
         raise explain_build(error, parts) or error from error.__cause__
     source = sweeper.source(Planner(verb, folders), [word for word in typed if word not in own])
-    with unbroken(), Signals() as signals, source.opened() as folder:
-        done = run(launcher, source, signals, folder)
-        if conclusion := source.conclusion():
-            print(conclusion)
+    try:
+        with unbroken(), Signals() as signals, source.opened() as folder:
+            done = run(launcher, source, signals, folder)
+            if conclusion := source.conclusion():
+                print(conclusion)
+    except OSError as error:
+        where = error.filename or SWEEPS
+        raise UserError(f"{where}: {error.strerror}; a sweep writes its logs to {SWEEPS}, make room there") from error
     if signals.received is not None:
         raise Interrupted(signals.received)
     return 0 if done else 1
@@ -164,8 +168,11 @@ def run(launcher: Launcher, source: Source, signals: Signals, folder: Path) -> b
         message = "" if status == "ok" else problem or _last_words(folder / f"{job.number + 1}.log", code)
         ended.append(Status(job.number, job.label, status, round(seconds, 1), job.out, message, code))
         print(f"job {job.number + 1} of {source.total}: {status}{f', {message}' if message else ''}", flush=True)
-        with (folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(ended[-1])) + "\n")
+        try:
+            with (folder / "jobs.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(ended[-1])) + "\n")
+        except OSError as error:  # no reason to end the jobs that run
+            print(f"{folder}/jobs.jsonl: {error.strerror}, so that job {job.number + 1} is not in it", flush=True)
 
     try:
         drive(launcher, source, signals, folder, begun=begun, over=over)
