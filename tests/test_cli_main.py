@@ -59,6 +59,8 @@ def test_help_of_a_verb_has_examples_and_choices(name, capsys):
     if name == "train":
         for word in ("mae, masked_lm", "shapes", "vit_s16", "duration=10 epochs", "quickstart"):
             assert word in text
+    if name == "tokenizer":
+        assert "data.path=???" in text and "a folder of them" in text
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "export", "bench", "tokenizer", "doctor"])
@@ -85,6 +87,13 @@ def test_printed_configuration_is_resolved(capsys):
     assert cfg["out"] == "runs/quickstart/3"
     assert "${" not in yaml.safe_dump(cfg)
     assert "hydra" not in cfg
+
+
+def test_a_tilde_is_the_home_folder(capsys, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["data=folder", "data.path=~/images", "ckpt=~/old", 'out="~/runs/${seed}"']
+    cfg = printed_config(capsys, "method=mae", *words)
+    assert (cfg["out"], cfg["ckpt"], cfg["data"]["path"]) == ("/home/me/runs/0", "/home/me/old", "/home/me/images")
 
 
 def test_without_an_experiment_the_method_names_the_run(capsys):

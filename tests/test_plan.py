@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
 from ssl_lab.bench import plan
@@ -16,6 +17,7 @@ from ssl_lab.bench.step import MethodStep
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
+from ssl_lab.cli.plan import _advice
 from ssl_lab.cli.plan_work import work_here
 from ssl_lab.cli.rehearsal import batch_of, batches_of, rehearsal
 from ssl_lab.errors import UserError
@@ -135,6 +137,14 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path, capsys) -> None:
     assert main([*QUICK, "gpu=t4", *huge]) == 0
     said = capsys.readouterr().out
     assert "it does not fit" in said and "trainer.accumulate_grad_batches=" in said and "checkpoint_blocks=true" in said
+
+
+def test_the_batch_that_is_advised_makes_the_same_step(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "largest_batch", lambda *_: 30)
+    monkeypatch.setattr(plan, "memory", lambda *_, **__: plan.Memory(0, 0, 0, 9, 0, 0))
+    cfg = DictConfig({"checkpoint_blocks": True, "trainer": {"precision": "bf16-mixed"}, "devices": 1})
+    advice = _advice(cfg, None, 64, 1, plan.Memory(0, 0, 0, 9, 0, 0), 8)
+    assert "data.batch_size=16 trainer.accumulate_grad_batches=4" in advice[1]
 
 
 @pytest.mark.parametrize(("lengths", "chosen"), [([4] * 30, 4), ([9, 1, *range(2, 30)], 9)])

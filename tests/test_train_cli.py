@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from training import TINY, results, rows, run
 
 from ssl_lab.cli.main import main
+from ssl_lab.cli.train import Training
 from ssl_lab.train import checkpoint, progress
+from ssl_lab.train.signals import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,10 @@ def test_another_run_in_the_folder_is_refused(finished, capsys, words, message):
         (["optim.betas=[0.9]"], "optim.betas=[0.9]"),
         (["optim.betas=[1.5,2]"], "optim.betas=[1.5, 2"),
         (["optim.warmup=2"], "optim.warmup=2"),
+        (["optim.min_lr=-1"], "optim.min_lr=-1"),
+        (["eval=[knn]", "eval.knn.every=-3"], "eval.knn.every=-3"),
+        (["picture_steps=-1"], "picture_steps=-1"),
+        (["save_steps=-1"], "save_steps=-1"),
         (["optim.layer_decay=0"], "optim.layer_decay=0"),
         (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
         (["+tuning.parts=[encoder]"], "take them away with '~tuning.parts'"),
@@ -120,6 +127,16 @@ def test_lengths_and_options(tmp_path, words, steps):
     assert run([*TINY, *words, f"out={out}"], log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert checkpoint.facts(checkpoint.find(out))["step"] == steps
     assert rows(out)[-1]["step"] == str(steps)
+
+
+def test_a_signal_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
+    def early(self):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "fit", early)
+    with pytest.raises(SystemExit) as left:
+        main([*TINY, f"out={tmp_path / 'run'}"])
+    assert left.value.code == 75 and "SIGTERM: nothing to save yet" in capsys.readouterr().out
 
 
 def test_begin_from_another_checkpoint(finished, tmp_path, capsys):

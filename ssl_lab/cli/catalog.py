@@ -15,7 +15,7 @@ FIELDS = ("method", "data", "hardware", "time", "result")  # of an experiment's 
 
 @dataclass(frozen=True)
 class Root:
-    """A verb's root file: its groups with their default choice, and its own keys with default and comment."""
+    """A verb's root file: its groups with their default choice, its own keys with default, comments by dotted key."""
 
     groups: dict[str, Any]
     keys: dict[str, Any]
@@ -76,9 +76,16 @@ def root(verb: str) -> Root:
             found, keys, comments = found | base.groups, base.keys | keys, comments | base.comments
         elif isinstance(entry, dict):
             found.update({name.split()[-1]: choice for name, choice in entry.items()})  # "optional x", "override x"
+    parent = ""
     for line in text.splitlines():
         key, colon, rest = line.partition(":")
-        if colon and key in keys and " # " in rest:
+        if colon and key in keys:
+            parent = key
+        elif parent and key.startswith(" "):
+            key = f"{parent}.{key.strip()}"
+        else:
+            continue
+        if " # " in rest:
             comments[key] = rest.partition(" # ")[2].strip()
     keys.pop("hydra", None)
     return Root(found, keys, comments)

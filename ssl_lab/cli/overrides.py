@@ -5,6 +5,7 @@ that is mounted in one place needs no `@`: `backbone=vit_s16` is `backbone@metho
 backbone. And every mistake names the nearest valid name.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def parse(text: str, folders: list[Path]) -> Override:
         raise UserError(f"'{text}': write key=value, without spaces around =")
     if key in TEXTS:
         text = f"{key}={_quoted(key, value)}"
+    elif value.lstrip("\"'").startswith("~/"):  # a shell leaves it alone behind most keys
+        text = f"{key}={value.replace('~', os.path.expanduser('~'), 1)}"
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:

@@ -143,7 +143,7 @@ def _advice(cfg: DictConfig, work: plan.Work, batch: int, accumulate: int, need:
         return []
     advice = [f"it does not fit: {_size(need.total)} are needed, {_size(room)} are there"]
     if (fits := plan.largest_batch(work, room)) > 0:
-        times = -(-batch // fits)
+        times = next(n for n in range(-(-batch // fits), batch + 1) if batch % n == 0)  # the same samples a step
         advice.append(
             f"data.batch_size={batch // times} trainer.accumulate_grad_batches={accumulate * times} fits (losses that "
             f"compare the samples of a batch then see fewer)"

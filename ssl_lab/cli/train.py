@@ -69,7 +69,9 @@ def run(cfg: DictConfig) -> None:
             training.fit()
             training.finish()
         except Interrupted as left:
-            training.say(f"{left.received.name}: saved {checkpoint.find(cfg.out)}; the same command goes on from there")
+            found = checkpoint.find(cfg.out)
+            told = "nothing to save yet" if found is None else f"saved {found}"
+            training.say(f"{left.received.name}: {told}; the same command goes on from there")
             raise
 
 
@@ -147,9 +149,8 @@ class Training:
                 self._leave()
             self.loggers.close("failed")
             if not isinstance(error, UserError):
-                self.say(
-                    f"stopped; the newest checkpoint is {checkpoint.find(self.out)}, the same command goes on there"
-                )
+                newest = checkpoint.find(self.out) or "not written yet"
+                self.say(f"stopped; the newest checkpoint is {newest}, the same command goes on there")
             raise
         finally:
             self.signals.deferred = False

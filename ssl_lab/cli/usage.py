@@ -116,9 +116,12 @@ def _verb(verb: str, folders: list[Path]) -> str:
         ]
         if lines:
             parts.append("Groups\n" + _indent(lines))
-        plain = {k: v for k, v in root.keys.items() if not isinstance(v, dict)}
+        plain: dict[str, object] = {}
+        for key, value in root.keys.items():
+            inside = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            plain |= {k: v for k, v in inside.items() if not isinstance(v, dict)}
         parts.append(
-            "Keys\n" + _indent([f"{f'{k}={_shown(v)}':<34}{root.comments.get(k, '')}" for k, v in plain.items()])
+            "Keys\n" + _indent([f"{f'{k}={_shown(v)}':<33} {root.comments.get(k, '')}" for k, v in plain.items()])
         )
     parts.append("Examples\n" + _indent(EXAMPLES[verb]))
     return "\n\n".join(parts)

@@ -119,6 +119,8 @@ class Checkpoints(Checkpoint):
         before: Callable[[], None] = lambda: None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
+        if every_steps < 0 or every_minutes < 0:
+            raise UserError(f"save_steps={every_steps}, save_minutes={every_minutes}: give 0 or more, 0 = not by these")
         self.folder, self.every_steps, self.every_minutes = folder, every_steps, every_minutes
         self._stop, self._before, self._extra = stop, before, dict(extra or {})
         self._saved, self._clock, self._between_steps = -1, 0.0, False
@@ -190,6 +192,9 @@ class RunEvals(L.Callback):
         loggers: Loggers,
         weights: Weights = as_they_are,
     ) -> None:
+        for name, steps in every.items():
+            if steps < 0:
+                raise UserError(f"eval.{name}.every={steps}: give a number of steps, or 0 for the end alone")
         self._every, self._run, self._loggers, self._weights = dict(every), run, loggers, weights
 
     def on_train_batch_end(
@@ -224,6 +229,8 @@ class Pictures(L.Callback):
         every: int = 0,
         weights: Weights = as_they_are,
     ) -> None:
+        if every < 0:
+            raise UserError(f"picture_steps={every}: give a number of steps, or 0 for the end alone")
         self.folder, self.every = folder, every
         self._draw, self._loggers, self._weights = draw, loggers, weights
 

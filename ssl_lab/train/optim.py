@@ -58,6 +58,8 @@ class Optim:
             raise UserError(f"optim.name={self.name} does not exist; there are adamw, sgd, lars, muon, larc")
         if self.lr <= 0:
             raise UserError(f"optim.lr={self.lr} would teach nothing: give a rate above 0")
+        if self.min_lr < 0:
+            raise UserError(f"optim.min_lr={self.min_lr} would climb the loss: give 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={list(self.betas)}: give two numbers from 0 to below 1, such as [0.9,0.999]")
         if self.eps < 0 or not 0 <= self.warmup <= 1:
