@@ -167,6 +167,16 @@ def test_a_file_of_open_clip_fills_a_method(suffix, tmp_path):
     assert gap(ours.embed_image(batch), image) < 1e-12 and gap(ours.embed_text(batch), text) < 1e-12
 
 
+def test_a_file_without_a_configuration_leaves_the_activation_to_the_towers(tmp_path, caplog):
+    facts = FACTS | {part: FACTS[part] | {"dim": 64, "num_heads": 1} for part in ("image", "text")}
+    state = open_clip.unfold(rename(fresh(facts).state_dict(), open_clip.TABLE, back=True))
+    torch.save(state, tmp_path / "a.pt")
+    fresh(facts, weights=f"open_clip:{tmp_path}/a.pt")
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "does not say its activation, so quick_gelu is taken" in told
+    assert told.endswith("method.image.backbone.block.act=gelu method.text.backbone.block.act=gelu")
+
+
 def test_a_run_of_ours_fills_a_method(tmp_path):
     one = randomise(fresh(FACTS)).float()
     (tmp_path / "checkpoints").mkdir()
@@ -262,6 +272,9 @@ def test_options_without_tensors_are_refused(tmp_path):
     assert open_clip.refusal(config) is None
     config["text_cfg"]["no_causal_mask"] = True
     assert open_clip.refusal(config) == "its text_cfg.no_causal_mask is True"
+    for pool in ("first", "last"):  # the very last position, be it padding
+        config["text_cfg"] |= {"no_causal_mask": False, "pool_type": pool}
+        assert open_clip.refusal(config) == f"its text_cfg.pool_type is {pool}"
 
 
 @pytest.mark.parametrize(

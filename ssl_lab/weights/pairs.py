@@ -1,6 +1,7 @@
 """Weights of towers that belong together: open_clip's CLIP, transformers' CLIP and SigLIP, and our own runs."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ssl_lab.weights.pair_facts import Facts, facts_of, settings
 from ssl_lab.weights.rename import State, rename
 from ssl_lab.weights.tables import hf_clip, hf_siglip, open_clip
 
+log = logging.getLogger(__name__)
 HF = {"clip": hf_clip, "siglip": hf_siglip}
 BACKBONES = {  # what to choose for a family
     "clip": "backbone@method.image.backbone=clip_vit backbone@method.text.backbone=clip_text",
@@ -73,7 +75,12 @@ def load(method: nn.Module, spec: str) -> None:
     """
     source = read(spec)
     if source.facts:
-        _require_fit(facts_of(method), source.facts, spec)
+        here = facts_of(method)
+        _require_fit(here, source.facts, spec)
+        if source.facts["image"]["act"] is None:
+            act, other = here["image"]["act"], "gelu" if here["image"]["act"] == "quick_gelu" else "quick_gelu"
+            words = " ".join(f"method.{tower}.backbone.block.act={other}" for tower in ("image", "text"))
+            log.warning("%s does not say its activation, so %s is taken; for the other one: %s", spec, act, words)
     own, state = method.state_dict(), dict(source.state)
     ours, theirs = own.get(_IMAGE_POSITIONS), state.get(_IMAGE_POSITIONS)
     if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:

@@ -175,4 +175,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         for name, value in plain.items():
             if config[part].get(name, value) != value:
                 return f"its {part}.{name} is {config[part][name]}"
+    read = config["text_cfg"].get("pool_type", "argmax")
+    if read not in ("argmax", "eos"):  # both are the end token
+        return f"its text_cfg.pool_type is {read}"
     return None
