@@ -10,12 +10,14 @@ from parity import TINY, gap, images, randomise
 
 from ssl_lab.backbones.timm import Timm
 from ssl_lab.cli.export import run
+from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE, Decoder
 from ssl_lab.methods.supervised import Supervised
 from ssl_lab.nn.block import encoder_block
 from ssl_lab.train import checkpoint
 from ssl_lab.weights import export, io
+from ssl_lab.weights.look import Look
 
 VIT = {
     "_target_": "ssl_lab.backbones.vit.ViT",
@@ -91,7 +93,29 @@ def test_a_run_goes_to_transformers_with_its_decoder(mae_run, capsys):
         assert gap(theirs(x, noise=noise).loss, method.eval().reconstruct(x, noise)[0]) < 1e-5
     assert "ViTMAEForPreTraining.from_pretrained" in capsys.readouterr().out
     processor = transformers.AutoImageProcessor.from_pretrained(folder / "mine")
-    assert processor.image_mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3) and processor.size["height"] == 32
+    assert processor.image_mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)
+    assert processor.size["shortest_edge"] == 32
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.8])
+def test_an_export_sees_pictures_as_the_run_does(tmp_path, crop_pct):
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    small = torch.randint(256, (1, 3, 9, 14), generator=torch.Generator().manual_seed(0)).float()
+    picture = torch.nn.functional.interpolate(small, (90, 140), mode="bilinear").to(torch.uint8)[0]
+    view = Resize(32, crop_pct=crop_pct, stats="clip")
+    ours = view([picture], torch.zeros(1), 0)["image"][0]
+    look, image = Look(32, view.resize, "bicubic", STATS["clip"]), Image.fromarray(picture.permute(1, 2, 0).numpy())
+    for name, write in (("timm", export.to_timm), ("hf", export.to_hf)):
+        (tmp_path / name).mkdir()
+        write(randomise(io.vit(TINY)).float(), tmp_path / name, look=look)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    seen = [timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)]
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    seen.append(processor(image, return_tensors="pt")["pixel_values"][0])
+    for theirs in seen:
+        assert theirs.shape == ours.shape and gap(theirs, ours) < 2.5 / 255 / 0.26  # uint8 is rounded up to twice
 
 
 def test_a_run_goes_to_safetensors(mae_run, capsys):

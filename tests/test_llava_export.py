@@ -25,6 +25,7 @@ from ssl_lab.nn.connectors import LinearConnector, MLPConnector, ResamplerConnec
 from ssl_lab.nn.embed import PatchEmbed
 from ssl_lab.nn.positions import Learned
 from ssl_lab.weights import vlm_export, vlm_processor
+from ssl_lab.weights.look import Look
 
 transformers = pytest.importorskip("transformers")
 
@@ -119,7 +120,7 @@ def test_the_processor_sees_and_reads_as_training_does(tmp_path):
         encode = encoder(SMOL, system=system)
         known = encode.tokenizer
         known.save(tmp_path / "run")
-        look = vlm_processor.Look(32, 32, "bicubic", STATS["imagenet"])
+        look = Look(32, 32, "bicubic", STATS["imagenet"])
         vlm_processor.write(
             tmp_path / "out", tokenizer=tmp_path / "run/tokenizer.json",
             config=encode.settings, system=system, look=look, patch_size=8, strategy="default", extra=1,

@@ -15,10 +15,12 @@ from ssl_lab.methods.clip import CLIP
 from ssl_lab.methods.siglip import SigLIP
 from ssl_lab.types import Batch
 from ssl_lab.weights import io, pairs, pairs_export, sources
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.pair_facts import facts_of, settings, towers
 from ssl_lab.weights.rename import rename
 from ssl_lab.weights.tables import hf_clip, hf_siglip, open_clip
 
+LOOK = Look(32, 36, "bicubic", ((0.5,) * 3, (0.25,) * 3))
 VOCAB, LENGTH, EOS = 99, 16, 98
 IMAGE = {"dim": 32, "depth": 2, "num_heads": 4, "hidden": 64, "act": "quick_gelu", "eps": 1e-5}
 FACTS = {
@@ -238,7 +240,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
 def test_export_to_transformers(facts, eos, tmp_path):
     pytest.importorskip("transformers")
     ours = randomise(fresh(facts)).float()
-    done = pairs_export.to_hf(ours, tmp_path, stats=((0.5,) * 3, (0.25,) * 3), eos=eos)
+    done = pairs_export.to_hf(ours, tmp_path, look=LOOK, eos=eos)
     assert done.difference < 1e-5 and (tmp_path / "preprocessor_config.json").is_file()
     again = fresh(facts, weights=f"hf:{tmp_path}")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
@@ -248,7 +250,7 @@ def test_export_to_transformers(facts, eos, tmp_path):
 def test_export_to_open_clip(eos, tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     ours = randomise(fresh(FACTS)).float()
-    done = pairs_export.to_open_clip(ours, tmp_path, stats=((0.5,) * 3, (0.25,) * 3), eos=eos)
+    done = pairs_export.to_open_clip(ours, tmp_path, look=LOOK, eos=eos)
     assert done.difference < 1e-5
     again = fresh(FACTS, weights=f"open_clip:{tmp_path}")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())

@@ -4,8 +4,9 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,7 +17,7 @@ from ssl_lab.cli import export_llava
 from ssl_lab.cli.saved import load_config, run_folder
 from ssl_lab.cli.tuned import fill, plain, rebuild
 from ssl_lab.data import tokenizer
-from ssl_lab.data.views import STATS
+from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
 from ssl_lab.methods.llava import LLaVA
 from ssl_lab.methods.mae import MAE
@@ -26,12 +27,13 @@ from ssl_lab.train import average as mean
 from ssl_lab.train import checkpoint
 from ssl_lab.types import EmbedsPairs
 from ssl_lab.weights import export, io, pairs_export, text_export
-from ssl_lab.weights.export import Exported, Stats
+from ssl_lab.weights.export import Exported
 from ssl_lab.weights.families import LanguageModel
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_mae, hf_vit
 
-Writer = Callable[[nn.Module, Path, Stats | None], Exported]
+Writer = Callable[[nn.Module, Path, Look | None], Exported]
 
 
 def run(cfg: DictConfig) -> None:
@@ -52,14 +54,14 @@ def run(cfg: DictConfig) -> None:
     out = Path(cfg.out) if cfg.out else (run_folder(path) or path.parent) / "export" / cfg.to
     if out.is_file() or out.suffix == ".safetensors":
         raise UserError(f"out={out} must be a folder; the files inside have the names that the library expects")
-    method, stats = _read(path, list(cfg.trust), cfg.average)
+    method, look = _read(path, list(cfg.trust), cfg.average)
     if isinstance(method, EmbedsPairs):
         writers |= _of_pairs(run_folder(path))
     if isinstance(method, LLaVA):
         writers["hf"] = functools.partial(export_llava.to_hf, run=run_folder(path), trust=list(cfg.trust))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        done = writers[cfg.to](method, Path(scratch), stats)
+        done = writers[cfg.to](method, Path(scratch), look)
         for file in (run_folder(path) or path.parent).glob("tokenizer*.json"):
             if not (Path(scratch) / file.name).exists():
                 shutil.copy(file, scratch)
@@ -72,11 +74,11 @@ def run(cfg: DictConfig) -> None:
         f"opened again with {done.library}: largest difference {done.difference:.1e} in values up to {done.scale:.1f}"
     )
     print(f"open it with {done.opened_by.format(out)}")
-    if stats is None and cfg.to != "safetensors" and not isinstance(_backbone(method), LanguageModel):
-        print("how its images were normalised is not known here: normalise them as in training")
+    if look is None and cfg.to != "safetensors" and not isinstance(_backbone(method), LanguageModel):
+        print("how its images were cut and normalised is not known here: prepare them as in training")
 
 
-def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Stats | None]:
+def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Look | None]:
     """The method of a run folder or checkpoint, or the backbone of a safetensors file; how its images were normalised.
 
     Raises:
@@ -98,8 +100,16 @@ def _read(path: Path, trust: list[str], average: int) -> tuple[nn.Module, Stats 
     method, base = rebuild(config)
     fill(method, base, found, mean.read(path, average) if average > 1 else None)
     plain(method, f"ckpt={path} cannot be exported")
-    views = (config.get("data") or {}).get("eval_views") or {}
-    return method, STATS.get(views.get("stats", ""))
+    return method, _look((config.get("data") or {}).get("eval_views") or {})
+
+
+def _look(views: Mapping[str, Any]) -> Look | None:
+    """How a run sees images, by its configuration; None where its views are none of ours."""
+    views = views.get("image", views)  # of images with captions
+    if views.get("_target_") != f"{Resize.__module__}.{Resize.__qualname__}":
+        return None
+    resize = Resize(**{name: value for name, value in views.items() if not name.startswith("_")})
+    return Look(resize.size, resize.resize, resize.mode.value, STATS[resize.stats])
 
 
 def _backbone(method: nn.Module) -> nn.Module:
@@ -107,18 +117,18 @@ def _backbone(method: nn.Module) -> nn.Module:
     return next((part for part in parts if isinstance(part, nn.Module)), method)
 
 
-def _timm(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+def _timm(method: nn.Module, folder: Path, look: Look | None) -> Exported:
     backbone, head = _backbone(method), None
     if isinstance(method, Supervised) and isinstance(backbone, ViT):
         pooling = method.pooling or ("cls" if backbone.cls_token is not None else "mean")
         if pooling in ("mean", "cls"):
             head = (method.head, pooling)
-    return export.to_timm(backbone, folder, stats=stats, head=head)
+    return export.to_timm(backbone, folder, look=look, head=head)
 
 
-def _hf(method: nn.Module, folder: Path, stats: Stats | None, *, run: Path | None) -> Exported:
+def _hf(method: nn.Module, folder: Path, look: Look | None, *, run: Path | None) -> Exported:
     if isinstance(method, MAE):
-        return _mae_to_hf(method, folder, stats)
+        return _mae_to_hf(method, folder, look)
     backbone = _backbone(method)
     if isinstance(backbone, LanguageModel):
         special = {"decoder_start": getattr(method, "start_token", None)}
@@ -126,7 +136,7 @@ def _hf(method: nn.Module, folder: Path, stats: Stats | None, *, run: Path | Non
             tokens = tokenizer.load(run)
             special |= {"pad": tokens.pad, "bos": tokens.bos, "eos": tokens.eos}
         return text_export.to_hf(backbone, folder, heads=_heads(method), special=special)
-    return export.to_hf(backbone, folder, stats=stats)
+    return export.to_hf(backbone, folder, look=look)
 
 
 def _heads(method: nn.Module) -> list[MaskedLMHead | PoolerHead]:
@@ -136,7 +146,7 @@ def _heads(method: nn.Module) -> list[MaskedLMHead | PoolerHead]:
     return [] if alone and getattr(method, "pooling", None) not in (None, "cls") else found
 
 
-def _open_clip(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+def _open_clip(method: nn.Module, folder: Path, look: Look | None) -> Exported:
     raise UserError("open_clip holds images and text together: to=open_clip needs a run of CLIP; use to=timm")
 
 
@@ -144,12 +154,12 @@ def _of_pairs(run: Path | None) -> dict[str, Writer]:
     """Writers of both towers; the tokenizer of the run says which token ends a caption."""
     eos = tokenizer.load(run).eos if run is not None and (run / "tokenizer.json").is_file() else None
     return {
-        "hf": lambda method, folder, stats: pairs_export.to_hf(method, folder, stats=stats, eos=eos),
-        "open_clip": lambda method, folder, stats: pairs_export.to_open_clip(method, folder, stats=stats, eos=eos),
+        "hf": lambda method, folder, look: pairs_export.to_hf(method, folder, look=look, eos=eos),
+        "open_clip": lambda method, folder, look: pairs_export.to_open_clip(method, folder, look=look, eos=eos),
     }
 
 
-def _safetensors(method: nn.Module, folder: Path, stats: Stats | None) -> Exported:
+def _safetensors(method: nn.Module, folder: Path, look: Look | None) -> Exported:
     backbone = _backbone(method)
     io.save(backbone, folder / "model.safetensors")
     again = io.build(folder / "model.safetensors")
@@ -159,7 +169,7 @@ def _safetensors(method: nn.Module, folder: Path, stats: Stats | None) -> Export
     return Exported("ssl_lab", 0.0, 1.0, 'ssl_lab.weights.io.build("{}/model.safetensors")')
 
 
-def _mae_to_hf(mae: MAE, folder: Path, stats: Stats | None) -> Exported:
+def _mae_to_hf(mae: MAE, folder: Path, look: Look | None) -> Exported:
     """ViTMAEForPreTraining with its decoder; compared in what it predicts and in its loss for one given mask."""
     transformers = export.import_transformers()
     facts = io.architecture(mae.encoder).get("arguments")
@@ -175,7 +185,7 @@ def _mae_to_hf(mae: MAE, folder: Path, stats: Stats | None) -> Exported:
         norm_pix_loss=mae.norm_pix,
         mask_ratio=mae.mask_ratio,
     )
-    export.write_hf(transformers.ViTMAEForPreTraining(config), mae.state_dict(), hf_mae.TABLE, folder, stats)
+    export.write_hf(transformers.ViTMAEForPreTraining(config), mae.state_dict(), hf_mae.TABLE, folder, look)
     with quiet():
         theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     generator = torch.Generator().manual_seed(0)

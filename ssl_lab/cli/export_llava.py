@@ -11,12 +11,12 @@ from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
 from ssl_lab.methods.llava import LLaVA
 from ssl_lab.weights import vlm_export, vlm_processor
-from ssl_lab.weights.export import Exported, Stats
-from ssl_lab.weights.vlm_processor import Look
+from ssl_lab.weights.export import Exported
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.vlm_vision import tower
 
 
-def to_hf(method: nn.Module, folder: Path, stats: Stats | None, *, run: Path | None, trust: list[str]) -> Exported:
+def to_hf(method: nn.Module, folder: Path, look: Look | None, *, run: Path | None, trust: list[str]) -> Exported:
     """Write what `LlavaForConditionalGeneration` and `AutoProcessor` of transformers open.
 
     Raises:

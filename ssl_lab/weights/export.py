@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from ssl_lab.errors import UserError
 from ssl_lab.types import Pooling
 from ssl_lab.weights import io
 from ssl_lab.weights.families import LanguageModel
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.rename import State, Table, rename
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import hf_dinov2, hf_vit, timm_vit
 
-Stats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation per channel of images in [0, 1]
 TOLERANCE = 1e-4  # of features of unit size, in float32: a wrong GELU or norm shows at 1e-3, rounding at 1e-6
 
 
@@ -36,14 +36,14 @@ class Exported:
 
 
 def to_timm(
-    backbone: nn.Module, folder: Path, *, stats: Stats | None = None, head: tuple[nn.Linear, Pooling] | None = None
+    backbone: nn.Module, folder: Path, *, look: Look | None = None, head: tuple[nn.Linear, Pooling] | None = None
 ) -> Exported:
     """Write `config.json` and `model.safetensors` for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     Args:
         backbone: a ViT, or any timm model.
         folder: exists and is empty.
-        stats: how the images were normalised, if known.
+        look: how the images were prepared, if known.
         head: a ViT's classifier, and what it sees.
 
     Raises:
@@ -73,7 +73,7 @@ def to_timm(
             "num_classes": args["num_classes"],
             "input_size": [chans, size, size],
             "classifier": "head" if args["num_classes"] else None,
-            **({"mean": list(stats[0]), "std": list(stats[1])} if stats else {}),
+            **(look.timm() if look else {}),
         },
     }
     save_file(
@@ -91,7 +91,7 @@ def to_timm(
     return Exported(f"timm {timm.__version__}", difference, scale, opener)
 
 
-def to_hf(backbone: nn.Module, folder: Path, *, stats: Stats | None = None) -> Exported:
+def to_hf(backbone: nn.Module, folder: Path, *, look: Look | None = None) -> Exported:
     """Write what `save_pretrained` of transformers writes: a ViTModel, IJepaModel or Dinov2Model (also WithRegisters).
 
     A language model: see `text_export`.
@@ -109,7 +109,7 @@ def to_hf(backbone: nn.Module, folder: Path, *, stats: Stats | None = None) -> E
     config = getattr(transformers, f"{kind}Config")(**_hf_arguments(kind, facts))
     extra = {"add_pooling_layer": False} if kind in ("ViT", "IJepa") else {}
     cls = getattr(transformers, f"{kind}Model")
-    write_hf(cls(config, **extra), backbone.state_dict(), table, folder, stats)
+    write_hf(cls(config, **extra), backbone.state_dict(), table, folder, look)
     with quiet():
         theirs = cls.from_pretrained(folder, **extra).eval()
     shape = (facts["in_chans"], facts["image_size"], facts["image_size"])
@@ -122,8 +122,8 @@ def to_hf(backbone: nn.Module, folder: Path, *, stats: Stats | None = None) -> E
     )
 
 
-def write_hf(theirs: Any, state: State, table: Table, folder: Path, stats: Stats | None) -> None:
-    """Fill a transformers model and save it, with its image processor where `stats` are known.
+def write_hf(theirs: Any, state: State, table: Table, folder: Path, look: Look | None) -> None:
+    """Fill a transformers model and save it, with its image processor where `look` is known.
 
     Only a mask token may stay as it was.
 
@@ -138,12 +138,8 @@ def write_hf(theirs: Any, state: State, table: Table, folder: Path, stats: Stats
         )
     with quiet():
         theirs.save_pretrained(folder)
-        if stats is not None:
-            side = theirs.config.image_size
-            processor = import_transformers().ViTImageProcessor(
-                size={"height": side, "width": side}, image_mean=list(stats[0]), image_std=list(stats[1])
-            )
-            processor.save_pretrained(folder)
+        if look is not None:
+            look.hf(import_transformers()).save_pretrained(folder)
 
 
 @torch.no_grad()

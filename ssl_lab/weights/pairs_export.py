@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
-from ssl_lab.weights.export import Exported, Stats, gap, import_transformers
+from ssl_lab.weights.export import Exported, gap, import_transformers
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.pair_facts import facts_of
 from ssl_lab.weights.pairs import HF
 from ssl_lab.weights.rename import rename
 from ssl_lab.weights.sources import quiet
 from ssl_lab.weights.tables import open_clip
 
+log = logging.getLogger(__name__)
 Embed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and token ids -> embeddings of both
 
 
-def to_hf(method: nn.Module, folder: Path, *, stats: Stats | None = None, eos: int | None = None) -> Exported:
+def to_hf(method: nn.Module, folder: Path, *, look: Look | None = None, eos: int | None = None) -> Exported:
     """Write what `save_pretrained` of transformers writes, for a CLIPModel or SiglipModel.
 
     Args:
         method: a `CLIP` or `SigLIP`.
         folder: exists and is empty.
-        stats: how the images were normalised, if known.
+        look: how the images were prepared, if known.
         eos: token that ends a caption; None = the largest id.
 
     Raises:
@@ -48,11 +51,8 @@ def to_hf(method: nn.Module, folder: Path, *, stats: Stats | None = None, eos: i
     theirs.load_state_dict(table.unfold(rename(method.state_dict(), table.TABLE, back=True)))
     with quiet():
         theirs.save_pretrained(folder)
-        if stats is not None:
-            side = facts["image"]["image_size"]
-            size = {"height": side, "width": side}
-            given = {"size": size, "do_center_crop": False, "image_mean": list(stats[0]), "image_std": list(stats[1])}
-            getattr(transformers, f"{name}ImageProcessor")(**given).save_pretrained(folder)
+        if look is not None:
+            look.hf(transformers).save_pretrained(folder)
         again = cls.from_pretrained(folder).eval()
 
     def embed(image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def to_hf(method: nn.Module, folder: Path, *, stats: Stats | None = None, eos: i
     )
 
 
-def to_open_clip(method: nn.Module, folder: Path, *, stats: Stats | None = None, eos: int | None = None) -> Exported:
+def to_open_clip(method: nn.Module, folder: Path, *, look: Look | None = None, eos: int | None = None) -> Exported:
     """Write `open_clip_config.json` and `open_clip_model.safetensors` for open_clip's `local-dir:<folder>`.
 
     Arguments as `to_hf`; a SigLIP has no counterpart in its plain layout.
@@ -89,9 +89,9 @@ def to_open_clip(method: nn.Module, folder: Path, *, stats: Stats | None = None,
     model = open_clip.arguments(facts, eos)
     if "logit_bias" in state:
         model["init_logit_bias"] = float(state["logit_bias"])
-    described: dict[str, Any] = {"model_cfg": model, "preprocess_cfg": {}}
-    if stats is not None:
-        described["preprocess_cfg"] = {"mean": list(stats[0]), "std": list(stats[1])}
+    described = {"model_cfg": model, "preprocess_cfg": look.open_clip() if look else {}}
+    if look is not None and look.resize != look.size:
+        log.warning("open_clip has no crop_pct: its preprocessing shows all of the shorter side, unlike the run's")
     (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
     again = library.create_model(f"local-dir:{folder}", precision="fp32").eval()
     found, scale = compare(method, lambda image, tokens: again(image, tokens)[:2], facts, eos)

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_lab.weights.export import Stats, import_transformers
+from ssl_lab.weights.export import import_transformers
+from ssl_lab.weights.look import Look
 from ssl_lab.weights.sources import quiet
 
 # What conversations look like in transformers, as those of a template that knows nothing of pictures.
@@ -34,16 +34,6 @@ _LAST = "{%- set messages = told.messages %}"
 _OWN = ("chat_template", "tokenizer_class", "image_token", "clean_up_tokenization_spaces")
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a picture becomes pixels: its shorter side `resize` long, of that the middle `size` x `size`."""
-
-    size: int
-    resize: int
-    resample: str  # bilinear, bicubic, ...
-    stats: Stats
-
-
 def write(
     folder: Path,
     *,
@@ -68,8 +58,6 @@ def write(
         extra: tokens that it has beside the patches.
     """
     transformers = import_transformers()
-    from PIL.Image import Resampling
-
     marker = str(config["image_token"])
     chat = template(str(config["chat_template"]), marker, system)
     special = {key: value for key, value in config.items() if key.endswith("_token") and key not in _OWN}
@@ -77,15 +65,8 @@ def write(
         words = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(tokenizer), extra_special_tokens={"image_token": marker}, **special
         )
-        eyes = transformers.CLIPImageProcessor(
-            size={"shortest_edge": look.resize},
-            crop_size={"height": look.size, "width": look.size},
-            resample=Resampling[look.resample.upper()],
-            image_mean=list(look.stats[0]),
-            image_std=list(look.stats[1]),
-        )
         transformers.LlavaProcessor(
-            image_processor=eyes,
+            image_processor=look.hf(transformers),
             tokenizer=words,
             patch_size=patch_size,
             vision_feature_select_strategy=strategy,
