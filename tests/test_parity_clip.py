@@ -179,12 +179,13 @@ def test_a_file_without_a_configuration_leaves_the_activation_to_the_towers(tmp_
     assert told.endswith("method.image.backbone.block.act=gelu method.text.backbone.block.act=gelu")
 
 
-def test_a_run_of_ours_fills_a_method(tmp_path):
+def test_a_run_of_ours_fills_a_method(tmp_path, caplog):
     one = randomise(fresh(FACTS)).float()
     (tmp_path / "checkpoints").mkdir()
     torch.save({"state_dict": one.state_dict()}, tmp_path / "checkpoints" / "step=10.ckpt")
     other = fresh(FACTS, weights=str(tmp_path))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert "does not say its heads, epsilon and activation: unchecked" in caplog.text
 
 
 def test_another_image_size_and_a_shorter_context(tmp_path):

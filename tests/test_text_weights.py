@@ -182,12 +182,13 @@ def test_a_file_of_ours_is_enough(facts, tmp_path):
 
 
 @pytest.mark.parametrize(("facts", "part"), [(GPT2, "decoder"), (BERT, "encoder"), (T5, "model"), (T5, "")])
-def test_a_checkpoint_of_a_method(facts, part, tmp_path):
+def test_a_checkpoint_of_a_method(facts, part, tmp_path, caplog):
     ours, other = model(facts), model(facts, seed=1)
     prefix = f"{part}." if part else ""
     state = {prefix + key: value for key, value in ours.state_dict().items()} | {"head.bias": torch.zeros(3)}
     torch.save({"state_dict": state if part else ours.state_dict()}, tmp_path / "last.ckpt")
     text.load(other, str(tmp_path / "last.ckpt"))
+    assert "does not say its heads" in caplog.text
     assert same(other, ours)
 
 

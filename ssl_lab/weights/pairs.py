@@ -81,6 +81,8 @@ def load(method: nn.Module, spec: str) -> None:
             act, other = here["image"]["act"], "gelu" if here["image"]["act"] == "quick_gelu" else "quick_gelu"
             words = " ".join(f"method.{tower}.backbone.block.act={other}" for tower in ("image", "text"))
             log.warning("%s does not say its activation, so %s is taken; for the other one: %s", spec, act, words)
+    else:
+        log.warning(sources.UNTOLD, spec, "heads, epsilon and activation")
     own, state = method.state_dict(), dict(source.state)
     ours, theirs = own.get(_IMAGE_POSITIONS), state.get(_IMAGE_POSITIONS)
     if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:

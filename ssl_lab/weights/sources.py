@@ -26,6 +26,7 @@ HF_TABLES: dict[str, Table] = {
     "dinov2_with_registers": hf_dinov2.TABLE,
 }
 PAIRS = ("clip", "siglip")  # of which the image encoder is read
+UNTOLD = "%s does not say its %s: unchecked, they are taken from here; they must be those of its run's config.yaml"
 HEADER = "ssl_lab"  # key of our entry in a safetensors header
 
 

@@ -1,5 +1,6 @@
 """Weights into a language model: from transformers, from GGUF and from our own files, every tensor or none."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ssl_lab.weights.families import KINDS, Facts, LanguageModel, facts_of, make
 from ssl_lab.weights.rename import State, rename
 from ssl_lab.weights.tables import hf_bert, hf_gpt2, hf_llama, hf_t5
 
+log = logging.getLogger(__name__)
 TABLES: dict[str, ModuleType] = {"bert": hf_bert, "gpt2": hf_gpt2, "llama": hf_llama, "t5": hf_t5}
 MODEL_TYPES = {"bert": "bert", "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "t5": "t5"}
 _PARTS = {"Decoder": "decoder", "TextEncoder": "encoder", "EncoderDecoder": "model"}  # what methods call them
@@ -64,6 +66,8 @@ def load(model: LanguageModel, spec: str) -> None:
     source = read(spec)
     _require_kind(model, source.facts, spec)
     here, there = facts_of(model), source.facts
+    if not there:
+        log.warning(sources.UNTOLD, spec, "heads, window, base of rotations, epsilon and activation")
     _require_vocabulary(model, source.state, spec)
     if here and there and (wrong := _unlike(settings(here), settings(there), there["family"])):
         part = _PARTS[KINDS[there["family"]].__name__]
