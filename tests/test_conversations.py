@@ -283,6 +283,27 @@ def test_tables_of_questions_captions_and_classes(tmp_path):
     assert {source.question(i)[1][0] for i in range(len(source))} == {"red ring", "star"}
 
 
+@pytest.mark.parametrize("kind", ["bytes", "several", "paths"])
+def test_one_image_is_in_one_split_alone(tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = [picture(tmp_path / f"{i}.png", 8 * i) for i in range(20)]
+    cells = [x.name if kind == "paths" else x.read_bytes() for x in files for _ in range(3)]
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+    table = {"images": [[x] for x in cells]} if kind == "several" else {"image": cells}
+    pq.write_table(pa.table(table | {"messages": [turns] * 60}), tmp_path / "talk.parquet")
+    pq.write_table(
+        pa.table({"image": cells, "question": ["what?"] * 60, "answer": ["a"] * 60}), tmp_path / "asked.parquet"
+    )
+    found = [[conversations(tmp_path / "talk.parquet", encoder(), split=s) for s in ("train", "test")]]
+    if kind == "bytes":
+        found.append([build.questions(tmp_path / "asked.parquet", encoder(), split=s) for s in ("train", "test")])
+    for sources in found:
+        seen = [{int(x.float().mean()) for x in one.read(range(len(one))).data.images} for one in sources]
+        assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 20 and sum(map(len, sources)) == 60
+
+
 def test_conversations_of_llava(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

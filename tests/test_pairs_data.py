@@ -47,7 +47,7 @@ def parquet(path, count=30, **columns):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return trained(parquet(tmp_path_factory.mktemp("words") / "words.parquet", 40), "bpe", 400)
+    return trained(parquet(tmp_path_factory.mktemp("words") / "words.parquet", 24), "bpe", 400)
 
 
 @pytest.fixture
@@ -270,6 +270,15 @@ def test_a_column_named_split_divides(tmp_path):
     assert [number_of(x) for x in test.read([0, 1]).data] == [2, 9] and len(train) == 10
     assert train.classes == ["a", "b"] and test.read([0, 1]).targets.tolist() == [0, 1]
     assert train.captions([2]) == [[f"picture 3 in words {0}"]]
+
+
+def test_rows_of_one_image_are_on_one_side(tmp_path):
+    path = parquet(tmp_path / "all.parquet", 90, image=[png(i // 3) for i in range(90)])
+    train, test = (Pairs(path, split=s) for s in ("train", "test"))
+    seen = [{number_of(x) for x in source.read(range(len(source))).data} for source in (train, test)]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(30)) and len(train) + len(test) == 90
+    few = parquet(tmp_path / "few.parquet", 4, image=[png(i // 2) for i in range(4)])
+    assert [len(Pairs(few, split=s)) for s in ("train", "test")] == [2, 2]
 
 
 def csv_pack(folder, text, name="captions.csv", count=20):

@@ -10,9 +10,10 @@ import torch
 
 from ssl_lab.data.conversation_text import ConversationEncoder, Message
 from ssl_lab.data.conversations import Conversations, Dialogue
-from ssl_lab.data.images import HFImages
+from ssl_lab.data.images import EncodedImages, HFImages
 from ssl_lab.data.pairs import Pairs
 from ssl_lab.data.pairs_shapes import ShapesPairs
+from ssl_lab.data.tables import open_table
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold
 
@@ -56,8 +57,9 @@ def questions(
     Raises:
         UserError: no such columns, or lists of unequal length.
     """
-    images = HFImages(path, split=split, image_column=image_column)
-    columns = images.table.columns  # type: ignore[attr-defined]
+    table = open_table(str(path), split, image_column, by_content=True)
+    images = EncodedImages(table, str(path), split)
+    columns: Any = table.columns
     names = [] if columns is None else list(columns.features)
     asked = _column(names, question_column, _QUESTIONS, "question_column", str(path))
     said = _column(names, answer_column, _ANSWERS, "answer_column", str(path))

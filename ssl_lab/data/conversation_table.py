@@ -1,8 +1,7 @@
 """Conversations from files: the JSON of LLaVA, JSON lines, and parquet with the images in it."""
 
 import json
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ssl_lab.data.conversation_text import ConversationEncoder, Message
 from ssl_lab.data.conversations import Conversations, Dialogue
 from ssl_lab.data.folders import missing, share
 from ssl_lab.data.images import EncodedImages
-from ssl_lab.data.tables import bytes_of
+from ssl_lab.data.tables import bytes_of, key_of
 from ssl_lab.data.text_tables import divided, find, read_text
 from ssl_lab.errors import UserError
 
@@ -74,7 +73,9 @@ def read_rows(
     chosen, divide = divided(local, files, split)
     rows, store = _parquet(chosen, columns) if chosen[0].suffix == ".parquet" else _json(chosen)
     if divide:
-        kept = share([zlib.crc32(_key(row, i).encode()) for i, row in enumerate(rows)], split)
+        kept = share(
+            [key_of(i if image is None else image) for i, image in enumerate(_first_images(rows, store))], split
+        )
         rows = [rows[i] for i in kept]
         if not rows:
             raise UserError(f"{path} has too few images to hold a tenth out: nothing is left for {split}; give more")
@@ -175,17 +176,22 @@ def _parquet(files: Sequence[Path], columns: Sequence[str]) -> tuple[list[dict[s
             table = table.cast_column(column, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        cells = table.select_columns([column]).with_format("arrow")[:][column]
-        for row, cell in zip(rows, cells, strict=True):
+        table = table.select_columns([column])
+        for row, cell in zip(rows, table.with_format("arrow")[:][column], strict=True):
             several = isinstance(cell.type, pa.ListType | pa.LargeListType)
             row["count"] = 0 if not cell.is_valid else len(cell) if several else 1
     return rows, ImageStore(files[0], names, column, table)
 
 
-def _key(row: dict[str, Any], number: int) -> str:
-    """What decides the split: the first image, so that one image is not in both."""
-    value = next((row[x] for x in _IMAGES if row.get(x)), None)
-    return str((value[0] if isinstance(value, list) else value) if value else number)
+def _first_images(rows: Sequence[dict[str, Any]], store: ImageStore) -> Iterator[Any]:
+    """What decides the split, so that one image is not in both: the first of each row, None where there is none."""
+    if store.table is None:
+        cells = (next((row[x] for x in _IMAGES if row.get(x)), None) for row in rows)
+    elif store.column is None:
+        cells = (None for _ in rows)
+    else:
+        cells = (cell.as_py() for cell in store.table.with_format("arrow")[:][store.column])
+    return ((cell[0] if isinstance(cell, list) else cell) if cell else None for cell in cells)
 
 
 def cell(row: dict[str, Any], name: str, where: str, *kinds: type) -> Any:

@@ -28,10 +28,14 @@ def choose(splits: dict[str, T], wanted: str) -> tuple[T, bool]:
 
 
 def share(keys: list[int], wanted: str) -> list[int]:
-    """Numbers of the entries that belong to `wanted` where a tenth is held out by the hashes `keys`."""
+    """Numbers of the entries that belong to `wanted` where a tenth is held out by the hashes `keys`.
+
+    Entries with one hash stay together.
+    """
     test = {i for i, key in enumerate(keys) if key % 10 == 0}
-    if not test and len(keys) > 1:
-        test = {min(range(len(keys)), key=keys.__getitem__)}
+    if not test and len(set(keys)) > 1:
+        least = min(keys)
+        test = {i for i, key in enumerate(keys) if key == least}
     return [i for i in range(len(keys)) if (i in test) == (wanted != "train")]
 
 

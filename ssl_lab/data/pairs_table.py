@@ -80,7 +80,7 @@ def open_pairs(
         wanted = (image_column, caption_column, label_column)
         table = from_list(local, files, split, *wanted, medium, optional)
         return PairTable(table, _all_columns(table, medium).select_columns(["captions"]))
-    table = open_table(path, split, image_column, label_column, medium)
+    table = open_table(path, split, image_column, label_column, medium, by_content=medium is IMAGES)
     base = (local if local.is_dir() else local.parent) if local.exists() else None
     if optional and caption_column is None:
         known = [] if table.columns is None else [x for x in medium.texts if x in table.columns.features]

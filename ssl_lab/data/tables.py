@@ -20,6 +20,8 @@ from ssl_lab.rng import fold
 if TYPE_CHECKING:
     import datasets
 
+_READ = 256  # images that are hashed together
+
 
 @dataclass(slots=True)
 class Table:
@@ -58,12 +60,18 @@ class Table:
 
 
 def open_table(
-    path: str, split: str, column: str | None = None, label_column: str | None = None, medium: Medium = IMAGES
+    path: str,
+    split: str,
+    column: str | None = None,
+    label_column: str | None = None,
+    medium: Medium = IMAGES,
+    by_content: bool = False,
 ) -> Table:
     """The images of `split` at `path`, or the files of another medium; `column` holds them in a table.
 
     Where a local set has only one split, its column `split` tells what is held out; without one, a tenth is, by a hash
-    of the file name (or the row number): the same ones on every machine and in every run.
+    of the file name (or the row number): the same ones on every machine and in every run. In parquet with `by_content`,
+    by a hash of the image itself, so that several rows of one image stay together; all images are read for it.
 
     Raises:
         UserError: nothing is there, it holds no such files, or a column is missing.
@@ -71,9 +79,11 @@ def open_table(
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(local.glob("*.parquet")) or sorted(local.glob("data/*.parquet"))
-        return _parquet(local, files, split, column, label_column, medium) if files else _folder(local, split, medium)
+        if not files:
+            return _folder(local, split, medium)
+        return _parquet(local, files, split, column, label_column, medium, by_content)
     if local.is_file() and local.suffix == ".parquet":
-        return _parquet(local, [local], split, column, label_column, medium)
+        return _parquet(local, [local], split, column, label_column, medium, by_content)
     if local.is_file():
         raise UserError(f"{path} is neither a folder nor a parquet file: unpack an archive first, then give its folder")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and local.suffix != ".parquet" and not local.parent.exists():
@@ -102,7 +112,13 @@ def _folder(root: Path, split: str, medium: Medium) -> Table:
 
 
 def _parquet(
-    root: Path, files: list[Path], split: str, column: str | None, label_column: str | None, medium: Medium
+    root: Path,
+    files: list[Path],
+    split: str,
+    column: str | None,
+    label_column: str | None,
+    medium: Medium,
+    by_content: bool,
 ) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -137,7 +153,11 @@ def _parquet(
     if divide and (told := _told(rows)):
         held_out = split != "train"
         return table.select([i for i, name in enumerate(told) if (name != "train") == held_out])
-    return _part(table, [fold(0, row) for row in range(len(table))], split) if divide else table
+    if not divide:
+        return table
+    parts = (table.rows[i : i + _READ][table.column] for i in range(0, len(table) if by_content else 0, _READ))
+    keys = [key_of(x) for part in parts for x in part] or [fold(0, row) for row in range(len(table))]
+    return _part(table, keys, split)
 
 
 def _told(rows: "datasets.Dataset") -> list[str]:
@@ -216,6 +236,13 @@ def bytes_of(value: Any, base: Path | None = None) -> bytes:
         return Path(base or "", entry["path"]).read_bytes()
     except OSError:
         return b""
+
+
+def key_of(value: Any) -> int:
+    """A hash of what a cell holds: the bytes of a file, else its path."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return zlib.crc32(value if isinstance(value, bytes) else str(value).encode())
 
 
 def _line(error: Exception) -> str:
