@@ -135,6 +135,20 @@ def test_cross_entropy_gives_its_gradient():
     torch.testing.assert_close(half.double(), naive.double(), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("mass", [1, 4])
+def test_cross_entropy_in_fp16_survives_the_loss_scale(mass):
+    many = 65536  # prototypes, and the scale that GradScaler begins with
+    logits = (0.1 * rand(4, many)).half().requires_grad_()
+    target = mass * (rand(4, many, seed=1).float() / 0.04).softmax(-1)
+    weight = torch.full((4,), 1 / 64)
+    naive = (weight * -(target * F.log_softmax(logits.float() / 0.1, -1)).sum(-1)).sum()
+    losses = cross_entropy(logits, target, weight, 0.1), naive
+    ours, theirs = (torch.autograd.grad(many * loss, logits)[0] for loss in losses)
+    assert ours.isfinite().all() and (ours == 0).sum() <= (theirs == 0).sum()
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-6)
+    assert ours.double().sum(-1).abs().max() < 1e-3 * ours.double().abs().sum(-1).min()
+
+
 def test_koleo():
     x = rand(9, 5, grad=True)
     z, total = F.normalize(x, dim=1), 0.0

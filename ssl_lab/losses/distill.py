@@ -74,6 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     """sum_rows weight * (-sum_k target_k log softmax(logits / temperature)_k), its gradient made in the same pass.
 
     Prototypes are many, so the logits are by far the largest tensors of a step: one copy of them is kept, not three.
+    Its rows come without their small factor, which waits in float32 for the loss scale: in fp16 most would else be 0.
     """
 
     @staticmethod
@@ -83,13 +84,18 @@ class _CrossEntropy(torch.autograd.Function):
         mass = target.sum(-1)
         loss = (weight * (mass * norm - torch.linalg.vecdot(target, scaled))).sum()
         grad = scaled.sub_(norm[..., None]).exp_().mul_(mass[..., None]).sub_(target)
-        ctx.save_for_backward(grad.mul_((weight / temperature)[..., None]).to(logits.dtype))
+        factor = weight / temperature
+        if logits.dtype == torch.float16:  # entries lie within +- mass; spread over the range, few are rounded to 0
+            room = 2.0**15 / mass.clamp(min=1)
+            grad, factor = grad.mul_(room[..., None]), factor / room
+        ctx.save_for_backward(grad.to(logits.dtype), factor)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (saved,) = ctx.saved_tensors
-        return saved * grad.to(saved.dtype), None, None, None
+        saved, factor = ctx.saved_tensors
+        # `out` is rounded once, from the wide product, which takes no memory
+        return torch.mul(saved, (grad * factor)[..., None], out=torch.empty_like(saved)), None, None, None
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:
