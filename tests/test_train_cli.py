@@ -113,6 +113,20 @@ def test_mistakes(tmp_path, capsys, words, message):
 
 
 @pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("moco_v3", ["trainer.precision=bf16-true"], "MoCoV3's key encoder moves by steps that 16 bits round away"),
+        ("dino", ["trainer.precision=bf16-true"], "DINO's teacher moves by steps that 16 bits round away"),
+    ],
+)
+def test_mistakes_of_a_method(tmp_path, capsys, method, words, message):
+    sizes = ["method.encoder.dim=32", "method.encoder.depth=2", "method.encoder.num_heads=2", "data.num_workers=0"]
+    assert main([f"method={method}", "backbone=vit", "data=shapes", *sizes, f"out={tmp_path / 'run'}", *words]) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("words", "steps"),
     [
         (["duration=1epochs"], 5),

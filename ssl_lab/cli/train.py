@@ -99,8 +99,10 @@ class Training:
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
-        if self.ema is not None and str(cfg.trainer.precision).endswith("16-true"):
-            raise UserError(f"ema={cfg.ema} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
+        small = f"{type(self.method).__name__}'s {self.method.small_steps}" if self.method.small_steps else None
+        small = small if self.ema is None else f"ema={cfg.ema}"
+        if small is not None and str(cfg.trainer.precision).endswith("16-true"):
+            raise UserError(f"{small} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
         self.trainer = self._trainer()
         precision = self.trainer.precision_plugin.forward_context
         self._rows = functools.partial(run_all, data=self.data, precision=precision, say=self.say)

@@ -1,7 +1,7 @@
 """The one place that knows Lightning's hooks. A method says `step`, and what it can do; nothing else of training."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -27,7 +27,10 @@ class Method(L.LightningModule):
         seed: every random number of a step comes from (seed, global step, micro-batch, rank).
         samples_per_step: global batch times accumulation, for the scaling of the learning rate.
         skipped: the latest step's loss or gradient was not finite, and it was left out.
+        small_steps: what moves by less than weights of 16 bits can follow (a teacher, a learned scale); None = nothing.
     """
+
+    small_steps: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,6 +60,7 @@ class CLIP(Method):
         UserError: towers of different widths, or `keep` for an image encoder that cannot leave patches out.
     """
 
+    small_steps = "logit_scale"
     first_scale = math.log(1 / 0.07)
     largest_scale = math.log(100.0)
 

@@ -34,6 +34,8 @@ class DINO(Method):
         pooling: class token or mean of the patches; None = the backbone's choice.
     """
 
+    small_steps = "teacher"
+
     def __init__(
         self,
         encoder: Backbone,

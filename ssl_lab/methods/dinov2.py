@@ -40,6 +40,7 @@ class DINOv2(Method):
         freeze_prototypes: share of training at the beginning in which the prototypes do not move.
     """
 
+    small_steps = "teacher"
     student_temperature = 0.1
     global_views = 2
     pooling: Pooling = "cls"

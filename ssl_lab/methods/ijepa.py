@@ -93,6 +93,8 @@ class IJEPA(Method):
         UserError: the encoder is no ViT, or its grid is too small for the blocks.
     """
 
+    small_steps = "averaged encoder"
+
     def __init__(
         self,
         encoder: ViT,

@@ -38,6 +38,8 @@ class MoCo(Method):
         key_encoder: its average, which makes the keys.
     """
 
+    small_steps = "key encoder"
+
     def __init__(
         self,
         encoder: Backbone,

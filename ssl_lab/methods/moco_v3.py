@@ -31,6 +31,8 @@ class MoCoV3(Method):
         pooling: class token or mean of the patches; None = the backbone's choice.
     """
 
+    small_steps = "key encoder"
+
     def __init__(
         self,
         encoder: Backbone,
