@@ -67,6 +67,20 @@ def test_checkpointing_keeps_every_gradient(name):
         torch.testing.assert_close(g, grads[1][n])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointing_keeps_nothing_inside_of_a_block_that_hands_a_gradient_through(frozen):
+    block = recipes()["encoder"].requires_grad_(not frozen).train(not frozen)
+    kept, grads = [], []
+    for block.checkpointing in (False, True):
+        x, saved = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, into=saved: into.append(t.numel()) or t, lambda t: t):
+            out = block(x, Context())
+        kept.append(sum(saved))
+        grads.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert kept[1] < kept[0] / 4
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes())
 def test_a_block_compiles_without_a_graph_break(name):
@@ -82,6 +96,13 @@ def test_compiling_in_place_keeps_the_keys():
     Parallel(compile=True, checkpoint_blocks=True)(vit)
     assert list(vit.state_dict()) == keys
     assert all(b.checkpointing for b in vit.blocks)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_blocks", "compile"])
+def test_a_network_without_blocks_is_told(key):
+    Parallel()(nn.Linear(2, 2))
+    with pytest.raises(UserError, match=f"{key}=true acts on blocks .* Linear has none"):
+        Parallel(**{key: True})(nn.Linear(2, 2))
 
 
 def test_a_closed_gate_leaves_the_input():

@@ -95,6 +95,7 @@ class Training:
             fp32_residual=cfg.fp32_residual,
             float8=Float8(cfg.float8) if cfg.get("float8") else None,
         )
+        self.method.parallel.require(self.method)
         self.evaluators: dict[str, Evaluator] = {name: build(node) for name, node in cfg.eval.items()}
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
         self.loggers = Loggers(make if first else {})

@@ -116,9 +116,14 @@ class Block(nn.ModuleDict):
         super().__init__(residuals)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if self.checkpointing and torch.is_grad_enabled() and self._keeps(x, ctx):
             return checkpoint(self._run, x, ctx, use_reentrant=False)
         return self._run(x, ctx)
+
+    def _keeps(self, x: Tensor, ctx: Context) -> bool:
+        """Whether activations are kept for a gradient: a frozen block, in eval mode, may hand one through."""
+        inputs = (x, ctx.memory, ctx.bias, *self.parameters())
+        return ctx.cache is None and any(t is not None and t.requires_grad for t in inputs)
 
     def narrows(self, ctx: Context) -> bool:
         """Whether `ctx.rows` may be set: every other output of the block can then be left out of the work.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ssl_lab.errors import UserError
 from ssl_lab.nn.block import Block, Transformer
 from ssl_lab.nn.float8 import Float8
 
@@ -25,7 +26,12 @@ class Parallel:
     float8: Float8 | None = None
 
     def __call__(self, network: nn.Module) -> None:
-        """Apply to every `Transformer` and `Block` of `network`."""
+        """Apply to every `Transformer` and `Block` of `network`.
+
+        Raises:
+            UserError: see `require`.
+        """
+        self.require(network)
         if self.float8 is not None:
             self.float8(network)
         for module in network.modules():
@@ -35,3 +41,16 @@ class Parallel:
                 module.checkpointing = self.checkpoint_blocks
                 if self.compile and module._compiled_call_impl is None:
                     module.compile()
+
+    def require(self, network: nn.Module) -> None:
+        """Check before training that there is something to act on.
+
+        Raises:
+            UserError: checkpointing or compilation is wanted, and no part of `network` is made of `Block`s.
+        """
+        asked = [key for key in ("checkpoint_blocks", "compile") if getattr(self, key)]
+        if asked and not any(isinstance(module, Block) for module in network.modules()):
+            raise UserError(
+                f"{asked[0]}=true acts on blocks of this library, and {type(network).__name__} has none (a network "
+                f"of timm or transformers): leave it out, or take another backbone="
+            )
