@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.nn.block import Block, Context, Transformer
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.experts import aux_loss, balance_, forget_
@@ -272,3 +273,15 @@ def test_the_load_of_a_step_that_is_left_out_moves_no_bias():
     assert not layer.load.any()
     balance_(layer)
     assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("block", [deepseek_block, switch_block])
+def test_the_last_matrix_of_each_branch_begins_smaller_and_a_router_by_its_own_rule(block):
+    torch.manual_seed(0)
+    decoder = Decoder(64, 64, 8, 4, block=block)
+    spreads = {name: float(p.detach().std()) for name, p in decoder.named_parameters() if p.ndim > 1}
+    ends = ("proj.weight", "fc2.weight", "shared.down.weight", "mlp.fn.down.weight", "experts.down")
+    for name, found in spreads.items():
+        wanted = 0.1 / 8 if name.endswith("router") else 0.02 / 4 if name.endswith(ends) else 0.02
+        assert found == pytest.approx(wanted, rel=0.15), name
+    assert any(name.endswith("experts.down") for name in spreads)

@@ -64,12 +64,15 @@ class Decoder(Transformer):
             load(self, weights)
 
     def init_weights(self, std: float = 0.02) -> None:
-        """GPT-2's: normal(std), biases 0, the last matrix of each residual branch by 1 / sqrt(2 * depth) smaller."""
+        """GPT-2's: normal(std), biases 0, the last matrix of each residual branch by 1 / sqrt(2 * depth) smaller.
+
+        Routers of experts keep what they begin with.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight", "down.weight"))
+            elif p.ndim > 1 and not name.endswith(".router"):
+                last = name.endswith((".proj.weight", ".fc2.weight", ".down.weight", ".experts.down"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * len(self.blocks)) if last else std)
 
     def forward(
