@@ -71,7 +71,7 @@ def per_token(nll: Tensor, labels: Tensor) -> Tensor:
     """Sum of `nll` (B,) over the number of tokens among `labels` (B, L) of all ranks; 0 where there are none.
 
     Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those of
-    one process.
+    one process. Accumulated micro-batches divide each by its own number.
     """
     count = dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
     return nll.sum() / count.where(count > 0, 1.0)

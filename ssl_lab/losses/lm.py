@@ -80,7 +80,7 @@ def mean_over_tokens(nll: Tensor, labels: Tensor) -> Tensor:
     """Mean of `nll`, of any shape, over the scored ones among `labels` (B, L) or (B,) of all ranks.
 
     Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those
-    of one process.
+    of one process. Accumulated micro-batches divide each by its own number.
 
     Raises:
         UserError: no token is scored.

@@ -67,6 +67,9 @@ def perplexity(probabilities: Tensor) -> Tensor:
 
 
 def mean_over_frames(nll: Tensor) -> Tensor:
-    """Mean of `nll` (M,) over the frames of all ranks, which hold different numbers; 0 where there are none."""
+    """Mean of `nll` (M,) over the frames of all ranks, which hold different numbers; 0 where there are none.
+
+    Accumulated micro-batches divide each by its own number.
+    """
     count = dist.all_reduce_mean(nll.new_tensor(float(len(nll))))
     return nll.sum() / count.where(count > 0, 1.0)

@@ -78,7 +78,7 @@ class BestRQ(Method):
         return features, valid
 
     def predict(self, features: Tensor, valid: Tensor, hidden: Tensor, noise: Tensor) -> Step:
-        """Loss over the hidden tokens of all ranks.
+        """Loss over the hidden tokens of all ranks, of one micro-batch.
 
         Args:
             features: (B, T, F).
