@@ -204,3 +204,14 @@ def test_users_mistakes():
         IJEPA(Timm("resnet18"))
     with pytest.raises(UserError, match="min_keep"):
         IJEPA(small(), predictor=predictor, masks=MultiBlock(min_keep=10))
+
+
+def test_masks_are_of_the_image_that_comes():
+    ours = method()
+    for side in (48, 16):
+        with pytest.raises(UserError, match=rf"{side} x {side} px.* 32 x 32 px.*data.image_size"):
+            ours.step({"image": images(side, 2).float()}, 0.5)
+    with pytest.raises(UserError, match="multiples of patch_size=8"):
+        ours.step({"image": images(36, 2).float()}, 0.5)
+    with pytest.raises(UserError, match=r"views@data\.views=ijepa"):
+        ours.step({"views": [images(SIDE, 2).float()]}, 0.5)

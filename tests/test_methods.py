@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import build as instantiate
 from ssl_lab.cli.compose import compose
+from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.block import Block
 from ssl_lab.rng import seed_all
@@ -170,3 +171,31 @@ def test_it_is_made_of_blocks_and_bf16_autocast_gives_nearly_the_same(method):
         half = method.step(batch(), 0.5).loss
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=2e-2, atol=2e-2)
+
+
+RECIPES = {"simclr": "simclr", "moco": "moco_v2", "moco_v3": "byol", "dino": "dino", "dinov2": "dinov2"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_other_views_than_a_method_needs(name):
+    method, (a, b) = build(name), batch()["views"]
+    with pytest.raises(UserError, match=f"views@data.views={RECIPES[name]}"):
+        method.step(Batch(image=a), 0.5)
+    with pytest.raises(UserError, match=f"got 1 views.*views@data.views={RECIPES[name]}"):
+        method.step(Batch(views=[a]), 0.5)
+    if name in ("simclr", "moco", "moco_v3"):  # which pair up two
+        with pytest.raises(UserError, match=f"got 4 views and needs 2.*views@data.views={RECIPES[name]}"):
+            method.step(Batch(views=[a, b, a, b]), 0.5)
+    if name in ("simclr", "dinov2"):  # they see both at once
+        with pytest.raises(UserError, match="32 x 32, 16 x 16 px"):
+            method.step(Batch(views=[a, b[..., :16, :16]]), 0.5)
+
+
+def test_mae_masks_the_image_that_comes():
+    method, image = build("mae"), batch()["image"]
+    for other in (image[..., :16, :16], torch.cat([image, image], 2)):
+        for use in (method.pictures, lambda got: method.step(got, 0.5)):
+            with pytest.raises(UserError, match=r"px.* 32 x 32 px.*data\.image_size"):
+                use(Batch(image=other))
+    with pytest.raises(UserError, match=r"views@data\.views=crop"):
+        method.step(Batch(views=[image]), 0.5)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ssl_lab.errors import UserError
 from ssl_lab.losses.distill import Center, cross_views, entropy, information
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import views_of
 from ssl_lab.nn.heads import DINOHead
 from ssl_lab.nn.multicrop import by_size
 from ssl_lab.nn.pool import features
@@ -61,9 +61,8 @@ class DINO(Method):
         self.pooling = pooling
 
     def step(self, batch: Batch, progress: float) -> Step:
-        views, T = batch["views"], self.global_views
-        if len(views) < max(2, T):
-            raise UserError(f"DINO got {len(views)} views: it needs at least two, choose views@data.views=dino")
+        T = self.global_views
+        views = views_of(batch, "DINO", "dino", least=max(2, T))
         temperature = self.teacher_temperature(progress)
         with torch.no_grad():
             logits = self.head(self._encode(self.encoder, views[:T]))

@@ -10,6 +10,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.losses.distill import Center, cross_entropy, cross_views, entropy, information, koleo, sinkhorn
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import views_of
 from ssl_lab.nn.heads import DINOHead
 from ssl_lab.nn.masking import block_counts, block_mask
 from ssl_lab.nn.multicrop import by_size
@@ -76,9 +77,7 @@ class DINOv2(Method):
         self.clip, self.freeze_prototypes = clip, freeze_prototypes
 
     def step(self, batch: Batch, progress: float) -> Step:
-        views = batch["views"]
-        if len(views) < 2 or views[0].shape != views[1].shape:
-            raise UserError("DINOv2 needs two global views of one size first: choose views@data.views=dinov2")
+        views = views_of(batch, "DINOv2", "dinov2", alike=2)
         masked = self.draw_masks(2 * len(views[0]), views[0].shape[-2:], views[0].device)
         return self.distill(views, masked, progress)
 

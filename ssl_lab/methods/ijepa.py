@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_lab.backbones.vit import ViT, layer_norm
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import image_of
 from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
 from ssl_lab.nn.embed import sincos_2d
 from ssl_lab.nn.linear import Linear
@@ -118,7 +119,7 @@ class IJEPA(Method):
         self.masks, self.momentum, self.momentum_batch = masks, as_schedule(momentum), momentum_batch
 
     def step(self, batch: Batch, progress: float) -> Step:
-        image = batch["image"]
+        image = image_of(batch, self.encoder, "I-JEPA", "ijepa")
         context, targets = self.masks(len(image), self.encoder.grid, image.device)
         return Step(self.predict(image, context, targets))
 

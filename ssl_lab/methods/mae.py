@@ -10,6 +10,7 @@ from ssl_lab.backbones.vit import ViT, layer_norm
 from ssl_lab.errors import UserError
 from ssl_lab.losses.reconstruct import masked_mse, patch_statistics, standardize
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import image_of
 from ssl_lab.nn.block import Block, Context, Transformer, encoder_block
 from ssl_lab.nn.embed import patchify, sincos_2d, unpatchify
 from ssl_lab.nn.linear import Linear
@@ -107,7 +108,7 @@ class MAE(Method):
             init_weights(encoder)
 
     def step(self, batch: Batch, progress: float) -> Step:
-        image = batch["image"]
+        image = image_of(batch, self.encoder, "MAE", "crop")
         noise = torch.rand(len(image), self.encoder.grid[0] * self.encoder.grid[1], device=image.device)
         loss, _, _, _ = self.reconstruct(image, noise)
         return Step(loss)
@@ -129,7 +130,7 @@ class MAE(Method):
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Columns (B, C, H, W) in the input's own normalisation: input, visible part, reconstruction, both together."""
-        image, p = batch["image"], self.patch_size
+        image, p = image_of(batch, self.encoder, "MAE", "crop"), self.patch_size
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(len(image), self.encoder.grid[0] * self.encoder.grid[1], generator=generator)
         _, predicted, keep, drop = self.reconstruct(image, noise.to(image.device))

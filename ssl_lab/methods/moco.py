@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssl_lab.errors import UserError
 from ssl_lab.losses.queue_nce import queue_nce
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import views_of
 from ssl_lab.nn.heads import mlp_head
 from ssl_lab.nn.norm import l2_normalize
 from ssl_lab.nn.pool import features
@@ -60,9 +60,7 @@ class MoCo(Method):
         self._keys: list[Tensor] = []
 
     def step(self, batch: Batch, progress: float) -> Step:
-        if len(batch["views"]) != 2:
-            raise UserError(f"MoCo got {len(batch['views'])} views: it needs two, choose views@data.views=moco_v2")
-        loss, right, query = self.contrast(*batch["views"])
+        loss, right, query = self.contrast(*views_of(batch, "MoCo", "moco_v2", most=2))
         return Step(loss, {"top1": right, "projection_std": feature_std(query.detach())})
 
     def contrast(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.losses.contrastive import info_nce
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import views_of
 from ssl_lab.nn.heads import mlp_head
 from ssl_lab.nn.pool import features
 from ssl_lab.nn.teacher import follow_, follower, scaled_momentum
@@ -61,9 +62,10 @@ class MoCoV3(Method):
         self.key_encoder, self.key_projector = follower(encoder), follower(self.projector)  # type: ignore[type-var]
 
     def step(self, batch: Batch, progress: float) -> Step:
+        views = views_of(batch, "MoCo v3", "byol", most=2)
         with torch.no_grad():
-            keys = self._project(self.key_encoder, self.key_projector, batch["views"])
-        projected = self._project(self.encoder, self.projector, batch["views"])
+            keys = self._project(self.key_encoder, self.key_projector, views)
+        projected = self._project(self.encoder, self.projector, views)
         queries = [self.predictor(z) for z in projected]
         (q1, q2), (k1, k2) = queries, keys
         loss = info_nce(q1, k2, self.temperature) + info_nce(q2, k1, self.temperature)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssl_lab.losses.contrastive import nt_xent
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.inputs import views_of
 from ssl_lab.nn.heads import mlp_head
 from ssl_lab.nn.pool import features
 from ssl_lab.spread import feature_std
@@ -38,8 +39,9 @@ class SimCLR(Method):
         self.projector = mlp_head([encoder.dim, *[hidden] * (depth - 1), projection], last_norm="affine")
 
     def step(self, batch: Batch, progress: float) -> Step:
+        views = views_of(batch, "SimCLR", "simclr", most=2, alike=2)
         # One pass: batch statistics cover both views, as in the official code.
-        z = self.projector(features(self.encoder, torch.cat(batch["views"]), self.pooling))
+        z = self.projector(features(self.encoder, torch.cat(views), self.pooling))
         z1, z2 = z.chunk(2)
         return Step(nt_xent(z1, z2, self.temperature), {"projection_std": feature_std(z)})
 
