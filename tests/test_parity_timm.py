@@ -135,6 +135,36 @@ def test_mixup_loss_is_timms():
     assert abs(method.step(batch, 0.0).loss.item() - expected.item()) < 1e-6
 
 
+def test_images_without_a_class_are_left_out():
+    method, batch = supervised(label_smoothing=0.1)
+    batch["target"] = torch.tensor([0, -1, 4, -1])
+    known = {name: each[::2] for name, each in batch.items()}
+    step, expected = method.step(batch, 0.0), method.step(known, 0.0)
+    torch.testing.assert_close(step.loss, expected.loss)
+    assert step.logs["top1"] == expected.logs["top1"]
+
+
+def test_mixup_counts_the_share_of_images_that_have_a_class():
+    method, batch = supervised(mixup=functools.partial(Mixup, mode="elem"), label_smoothing=0.1)
+    batch["target"] = torch.tensor([0, 3, -1, -1])
+    np.random.seed(3)
+    image, soft = Mixup(mode="elem", num_classes=6, label_smoothing=0.0)(
+        batch["image"].clone(), torch.tensor([0, 3, 5, 5])
+    )
+    share = 1 - soft[:, 5]
+    spread = 0.9 * soft[:, :5] + 0.1 / 5 * share[:, None]
+    each = -(spread * method.classify({"image": image}).log_softmax(-1)).sum(1)
+    np.random.seed(3)
+    assert abs(method.step(batch, 0.0).loss.item() - (each.sum() / share.sum()).item()) < 1e-6
+    assert 0 < share.min() < share.max() < 1
+
+
+def test_mixup_of_an_odd_batch():
+    method, batch = supervised(mixup=Mixup)
+    with pytest.raises(UserError, match=r"has 3: .* data\.batch_size"):
+        method.step({name: each[:3] for name, each in batch.items()}, 0.0)
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "grid"),
     [

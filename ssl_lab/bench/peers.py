@@ -217,11 +217,7 @@ def supervised_transformers(method: Supervised, batch: Batch, variant: Variant) 
 
 def _classify(method: Supervised, batch: Batch, network: Callable[[Tensor], Tensor]) -> Tensor:
     """The loss of our own step, with its mixup and smoothing, over another network's logits."""
-    image, target = batch["image"], batch["target"]
-    if method.mixup is None:
-        return F.cross_entropy(network(image).float(), target, label_smoothing=method.label_smoothing)
-    image, soft = method.mixup(image, target)
-    return F.cross_entropy(network(image).float(), soft.to(image.device))
+    return method.score(batch, network).loss
 
 
 PEERS: dict[str, dict[type[Method], Peer]] = {
