@@ -19,10 +19,12 @@ from ssl_lab.generation.seeing import stream_seen
 from ssl_lab.methods.flamingo import Flamingo
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, Context, Residual
+from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.connectors import ResamplerConnector
 from ssl_lab.nn.ffn import GLU
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.norm import RMSNorm
+from ssl_lab.nn.prompt import Prompts
 from ssl_lab.train import checkpoint
 from ssl_lab.types import Batch
 
@@ -89,6 +91,18 @@ def test_what_learns_is_what_is_new():
                     p.fill_(0.5)
 
 
+def test_a_prompt_and_a_cache_give_what_the_whole_text_does():
+    model = opened()
+    memory, mask = model.media(ONE_TWO_NONE, model.see(IMAGES))
+    Prompts(length=4).change(model.decoder, "decoder")
+    whole = model.read(ONE_TWO_NONE, memory, mask).tokens
+    cache, parts = KVCache(), []
+    for here in (slice(6), slice(6, None)):
+        part = AttnMask(segments=mask.segments, asked=mask.asked[:, here])
+        parts.append(model.read(ONE_TWO_NONE[:, here], memory, part, cache=cache).tokens)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+
+
 def test_a_token_sees_the_last_image_before_it_and_no_other():
     model = opened()
     images = IMAGES.clone().requires_grad_()
@@ -113,8 +127,15 @@ def test_a_token_sees_the_last_image_before_it_and_no_other():
     assert torch.equal(out[0], x[0])  # a row without image passes
 
 
-def test_packed_and_padded_rows_give_what_each_gives_alone():
+@pytest.mark.parametrize("prompted", [False, True])
+def test_packed_and_padded_rows_give_what_each_gives_alone(prompted):
     model = opened()
+    if prompted:
+        plain = model(ONE_TWO_NONE, IMAGES)[0].tokens
+        torch.manual_seed(2)
+        Prompts(length=4).change(model.decoder, "decoder")
+        found = model(ONE_TWO_NONE, IMAGES)[0].tokens
+        assert found.shape == plain.shape and (found - plain).abs().max() > 1e-4
     alone = [
         model(ONE_TWO_NONE[i : i + 1], images)[0].tokens[0] for i, images in enumerate((IMAGES[:1], IMAGES[1:], None))
     ]

@@ -13,6 +13,7 @@ from ssl_lab.cli.compose import compose
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.block import Block
+from ssl_lab.nn.prompt import Prompts
 from ssl_lab.rng import seed_all
 from ssl_lab.train.optim import Optim
 from ssl_lab.types import Batch, Embeds
@@ -199,3 +200,10 @@ def test_mae_masks_the_image_that_comes():
                 use(Batch(image=other))
     with pytest.raises(UserError, match=r"views@data\.views=crop"):
         method.step(Batch(views=[image]), 0.5)
+
+
+def test_mae_takes_a_prompt():
+    method = build("mae")
+    Prompts(length=3)(method)
+    method.step(batch(), 0.5).loss.backward()
+    assert method.encoder.registers.grad.abs().sum() > 0

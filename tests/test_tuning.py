@@ -1,6 +1,7 @@
 """Tuning with few parameters: what learns, what stays, and that nothing changes before the first step."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.backbones.speech_transformer import GatedSubsampling, SpeechTransformer
 from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT
@@ -47,6 +49,16 @@ NETWORKS = {
     "decoder": lambda: Decoder(50, 32, 2, 4, max_length=24),
     "encoder_decoder": lambda: EncoderDecoder(50, 32, 2, 4, block=t5_block, scaled="none", dropout=0.0),
     "conformer": lambda: Conformer(32, 2, 4, front=LogMel(num_mels=16, sampling_rate=8000)),
+    "speech": lambda: SpeechTransformer(
+        50,
+        32,
+        2,
+        4,
+        front=LogMel(num_mels=16, sampling_rate=8000),
+        frames=120,
+        max_length=24,
+        stem=functools.partial(GatedSubsampling, channels=16),
+    ),
 }
 KINDS = {
     "lora": lambda: LoRA(rank=2, targets=["q", "v", "proj", "fc*"]),
@@ -66,6 +78,8 @@ def output(name: str, network: nn.Module) -> torch.Tensor:
     if name == "conformer":
         encoded = network(SOUND, valid=HEARD)
         return encoded.tokens * encoded.valid[..., None]
+    if name == "speech":
+        return network(SOUND, WORDS[:2], valid=HEARD).tokens
     if name == "encoder_decoder":
         return network(WORDS, WORDS.flip(1), valid=VALID).tokens
     encoded = network(WORDS, valid=VALID)
@@ -183,7 +197,7 @@ def test_decoding_with_a_cache_packing_and_padding_change_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-@pytest.mark.parametrize("name", ["bert", "conformer", "encoder_decoder"])
+@pytest.mark.parametrize("name", ["bert", "conformer", "encoder_decoder", "speech"])
 def test_padding_changes_nothing(name, kind):
     method = made(name)
     KINDS[kind]()(method)
@@ -197,6 +211,9 @@ def test_padding_changes_nothing(name, kind):
     whole = output(name, network)
     if name == "bert":
         torch.testing.assert_close(whole[2, :4], network(WORDS[2:, :4]).tokens[0], rtol=0, atol=1e-12)
+    elif name == "speech":
+        alone = network(SOUND[1:, :5000], WORDS[1:2], valid=HEARD[1:, :5000]).tokens
+        torch.testing.assert_close(whole[1:], alone, rtol=0, atol=1e-12)
     else:
         alone = network(WORDS[2:, :4], WORDS.flip(1)[2:]).tokens
         torch.testing.assert_close(whole[2:], alone, rtol=0, atol=1e-12)

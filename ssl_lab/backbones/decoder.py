@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lab.nn.block import Block, Context, NormType, Transformer
@@ -112,6 +114,8 @@ class Decoder(Transformer):
         if prompt is not None:
             at, tokens = (prompt.places(at), prompt.before(tokens)) if first else (at + learned, tokens)
             mask = mask.after(learned)
+            if first and memory_mask.asked is not None:  # the prompt asks for nothing
+                memory_mask = replace(memory_mask, asked=F.pad(memory_mask.asked, (first, 0), value=-2))
         if (added := self.positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)
         ctx = Context(

@@ -122,7 +122,10 @@ class SpeechTransformer(EncoderDecoder):
                 "model has positions for: cut it, or raise frames of the backbone"
             )
         tokens, real = self.stem(x, valid)
+        tokens = tokens * math.sqrt(self.dim)
+        if self.prompt is not None:  # the decoder looks at what becomes of it too
+            tokens, real = self.prompt.before(tokens), F.pad(real, (len(self.prompt), 0), value=True)
         padded = x.device.type != "cpu" or not bool(real.all())  # elsewhere asking would make the host wait
         ctx = Context(mask=AttnMask(valid=real if padded else None))
-        out = self._run(self.encoder, self.source_positions, tokens * math.sqrt(self.dim), ctx)
+        out = self._run(self.encoder, self.source_positions, tokens, ctx)
         return Encoded(out, out[:, :0], valid=real, has_cls=False)

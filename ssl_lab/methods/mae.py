@@ -117,7 +117,8 @@ class MAE(Method):
         """Loss, predictions (B, N - K, p * p * C), keep (B, K) and drop (B, N - K) for an image and noise (B, N)."""
         keep, drop = random_mask(noise, self.mask_ratio)
         encoded = self.encoder(image, keep=keep)
-        predicted = self.decoder(encoded.prefix, encoded.tokens, keep, drop)
+        cls = encoded.prefix[:, :1]  # what tuning puts after it stays in the encoder
+        predicted = self.decoder(cls, encoded.tokens, keep, drop)
         target = take(patchify(image, self.patch_size, channels_last=True), drop)
         if self.norm_pix:
             target = standardize(target)
