@@ -7,7 +7,6 @@ from torch import nn
 
 from ssl_lab.cli.partner import require_marker, talk
 from ssl_lab.cli.saved import load_config
-from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
 from ssl_lab.methods.llava import LLaVA
 from ssl_lab.weights import vlm_export, vlm_processor
@@ -26,18 +25,18 @@ def to_hf(method: nn.Module, folder: Path, look: Look | None, *, run: Path | Non
     if run is None:
         raise UserError("to=hf of a LLaVA needs its run folder, where the tokenizer lies: give ckpt=<run folder>")
     config: dict[str, Any] = load_config(run, trust)
-    encode, views = talk(config, run)
+    encode, _ = talk(config, run)
     require_marker(method.model, encode, run)
     words = encode.tokenizer
     done = vlm_export.to_hf(method.model, folder, end=encode.end, pad=words.pad)
-    if isinstance(views, Resize):
+    if look is not None:
         vision = tower(method.model)
         vlm_processor.write(
             folder,
             tokenizer=run / "tokenizer.json",
             config=encode.settings | {"image_token": encode.marker},
             system=encode.system,
-            look=Look(views.size, views.resize, views.mode.value, STATS[views.stats]),
+            look=look,
             patch_size=vision.arguments["patch_size"],
             strategy=vision.strategy,
             extra=vision.extra,
