@@ -137,3 +137,19 @@ def test_joint_rotation_of_queries_and_keys_equals_one_by_one():
     normed.load_state_dict(attention.state_dict())
     x, ctx = torch.randn(2, 6, 32, dtype=torch.float64), Context(mask=CAUSAL, rope=rope_1d(torch.arange(6), 8))
     assert gap(attention(x, ctx), normed(x, ctx)) < 1e-13
+
+
+@pytest.mark.parametrize("head_dim", [36, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_half_precision_rotates_as_float64_does(head_dim, dtype):
+    table = rope_1d(torch.arange(50), head_dim)
+    x = torch.randn(2, 50, 3 * head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.unflatten(-1, (3, -1)).transpose(1, 2).requires_grad_()  # strided, as a projection gives it
+    exact = x.detach().double().requires_grad_()
+    turned, wanted = rotate(x, table), rotate(exact, tuple(part.double() for part in table))
+    assert turned.dtype == dtype and turned.is_contiguous()
+    (back,) = torch.autograd.grad(turned.sum(), x)
+    (wanted_back,) = torch.autograd.grad(wanted.sum(), exact)
+    close = {"rtol": 0.0, "atol": 5 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(turned.double(), wanted, **close)
+    torch.testing.assert_close(back.double(), wanted_back, **close)

@@ -123,15 +123,15 @@ class _PositionBias(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         q, far = ctx.saved_tensors
         rows, heads, length, _ = q.shape
-        into_q, into_far = torch.empty_like(q), torch.zeros_like(far)
+        into_q, into_far = torch.empty_like(q), far.new_zeros(heads, far.shape[2], far.shape[1])  # its transposed
         for lines, near in _parts(length):
             count = lines.stop - lines.start
             scores = grad.new_empty(heads, rows * count, length + count - 1)
             _clear_around_window(scores, rows, length)
             _window(scores, rows, length).copy_(grad[:, :, lines])
             into_q[:, :, lines] = product(scores, far[:, near]).unflatten(1, (rows, count)).transpose(0, 1)
-            into_far[:, near] += product(scores.transpose(1, 2), _by_head(q[:, :, lines]))
-        return into_q, into_far
+            into_far[..., near] += product(_by_head(q[:, :, lines]).transpose(1, 2), scores)
+        return into_q, into_far.transpose(1, 2)
 
 
 def _parts(length: int) -> list[tuple[slice, slice]]:
