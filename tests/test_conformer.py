@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.errors import UserError
-from ssl_lab.nn import relative
+from ssl_lab.nn import linear, relative
 from ssl_lab.nn.block import Context
 from ssl_lab.nn.conv import ConvModule, ConvSubsampling, FrameNorm, depthwise
 from ssl_lab.nn.kernels import products
@@ -118,7 +118,9 @@ def test_position_bias_is_the_double_loop(length, monkeypatch):
     assert torch.autograd.gradcheck(position_bias, (q, far))
 
 
-def test_large_float32_products_are_the_same_head_by_head(monkeypatch):
+@pytest.mark.parametrize("head_by_head", [False, True])
+def test_large_float32_products_are_the_same_head_by_head(head_by_head, monkeypatch):
+    monkeypatch.setattr(linear, "_MKL_IS_SLOW", head_by_head and linear._AVAILABLE)
     a, b, plus = noise(3, 40, 30).float(), noise(3, 30, 20, seed=2).float(), noise(3, 40, 20, seed=3).float()
     wanted = torch.baddbmm(plus, a, b, alpha=0.3)
     for smallest in (1, 1 << 20):

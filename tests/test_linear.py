@@ -16,11 +16,13 @@ def results(function, x, weight, bias):
 
 
 @onednn
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
 @pytest.mark.parametrize("shape", [(5, 24, 7), (3, 8, 40), (1, 16, 16)])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_onednn_is_the_same_map(shape, lead, monkeypatch):
+def test_onednn_is_the_same_map(shape, lead, mkl_is_slow, monkeypatch):
     rows, dim, width = shape
     monkeypatch.setattr(module, "_SMALLEST", 1)
+    monkeypatch.setattr(module, "_MKL_IS_SLOW", mkl_is_slow)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*lead, rows, dim, generator=generator)
     weight, bias = torch.randn(width, dim, generator=generator), torch.randn(width, generator=generator)
@@ -31,6 +33,14 @@ def test_onednn_is_the_same_map(shape, lead, monkeypatch):
     monkeypatch.setattr(module, "_product", lambda *_: calls.append(1) or torch.zeros(*lead, rows, width))
     linear(x, weight, bias)
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("name", "avx_vnni", "half"),
+    [("AMD EPYC 9575F", True, True), ("AMD EPYC 9654", False, False), ("Intel(R) Xeon(R)", True, False)],
+)
+def test_mkl_is_slow_where_it_uses_half_of_amds_vectors(name, avx_vnni, half):
+    assert module._half_used({"cpu_name": name, "avx_vnni": avx_vnni}) is half and not module._half_used({})
 
 
 @onednn

@@ -1,7 +1,8 @@
 """The linear map of every projection, with float32 on a CPU sent to the library that is fast there.
 
-For float32 torch calls MKL, which on processors of other makers stays below their widest vectors: on an AMD EPYC with
-AVX-512 oneDNN does the same product 2.1 times faster (`docs/performance.md`). Half precision goes to oneDNN anyway.
+For float32 torch calls MKL, which on processors of other makers stays below their widest vectors: oneDNN does the same
+product 2.1 times faster on an AMD EPYC of family 26, 1.1 to 1.2 times on one of family 25 (`docs/performance.md`). Half
+precision goes to oneDNN anyway.
 """
 
 from typing import Any
@@ -45,8 +46,14 @@ def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _half_used(processor: dict[str, Any]) -> bool:
+    """AMD multiplies 512 bits in one pass since Zen 5, the first of its processors with avx_vnni; Zen 4 needs two."""
+    return "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx_vnni"))
+
+
 _SMALLEST = 4096  # numbers in the result: below, oneDNN's fixed cost (about 12 us) is more than it gains
 _AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_MKL_IS_SLOW = _AVAILABLE and _half_used(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 class _OneDNN(torch.autograd.Function):
@@ -71,7 +78,12 @@ class _OneDNN(torch.autograd.Function):
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """(M, E), (M, D) -> (E, D): the transposed product where that has the fewer rows, which is faster."""
+    """(M, E), (M, D) -> (E, D): the transposed product where that has the fewer rows, which is faster.
+
+    oneDNN copies the side that stands transposed here, which takes what its product gains over an MKL that is not slow.
+    """
+    if not _MKL_IS_SLOW:
+        return grad.t() @ x
     if grad.shape[1] <= x.shape[1]:
         return _product(grad.t(), x.t())
     return _product(x.t(), grad.t()).t()
