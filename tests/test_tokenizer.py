@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from ssl_lab.cli.main import main
@@ -42,6 +44,18 @@ def test_decoding_undoes_encoding(corpus, kind):
     assert tokenizer.encode_batch([text, "The"]) == [tokenizer.encode(text), tokenizer.encode("The")]
     assert max(tokenizer.encode(TEXT)) < tokenizer.vocab_size
     assert tokenizer.decode(torch.tensor(tokenizer.encode(text))) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_bytes_alone_are_no_alphabet_and_hashes_no_wordpiece():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for merges in ([], [("#", "#")]):
+        names = [*letters, *("".join(pair) for pair in merges)]
+        backend = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer = Tokenizer(backend)
+        ids = tokenizer.encode("\u4f60 a## b")
+        assert tokenizer.decode(ids) == "\u4f60 a## b"
+        assert tokenizer.starts[backend.token_to_id("\u0120")] and not tokenizer.starts[backend.token_to_id("b")]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe4"])

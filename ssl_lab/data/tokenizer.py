@@ -66,7 +66,7 @@ class Tokenizer:
         if self.of_words:
             return torch.ones(self.vocab_size, dtype=torch.bool)
         names = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
-        hashes = any(name.startswith("##") for name in names)
+        hashes = isinstance(self.backend.model, tokenizers.models.WordPiece)  # byte-level BPE may have ## as a word
         goes_on = [name.startswith("##") if hashes else name[:1].isalnum() and name[0] not in _BLANKS for name in names]
         found = ~torch.tensor(goes_on)
         found[self.special] = True
@@ -96,6 +96,8 @@ class Tokenizer:
             return None
         special = set(self.special)
         names = {name for name, i in self.backend.get_vocab().items() if i not in special}
+        if names >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet()):  # its characters stand for bytes: all of them
+            return None
         return frozenset(names) if self.of_words or all(len(name) == 1 for name in names) else None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
