@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn import attend as door
 from ssl_lab.nn.attend import KERNELS, attend, choose, supports
 from ssl_lab.nn.mask import CAUSAL, FULL, AttnMask
 
@@ -137,12 +138,16 @@ def test_an_impossible_kernel_says_why():
         attend(q, k, v, kernel="flex")
 
 
-def test_auto_is_a_fixed_rule():
-    q = torch.zeros(1, 3, 50, 64)
-    assert choose(q, q, FULL) == "eager"
-    long = torch.zeros(1, 3, 197, 64)
-    assert choose(long, long, FULL) == "sdpa"
-    assert choose(long.bfloat16(), long.bfloat16(), FULL) == "eager"
+def test_auto_is_a_fixed_rule(monkeypatch):
+    short, photo, long, thin = (torch.zeros(1, 3, *shape) for shape in ((50, 64), (197, 64), (513, 64), (197, 16)))
+    for slow, training, scoring in ((True, "sdpa", "sdpa"), (False, "eager", "sdpa")):
+        monkeypatch.setattr(door, "MKL_IS_SLOW", slow)
+        assert choose(photo, photo, FULL) == training
+        with torch.no_grad():
+            assert choose(short, short, FULL) == "eager" and choose(photo, photo, FULL) == scoring
+        assert choose(short, short, FULL) == "eager"
+        assert choose(long, long, FULL) == choose(thin, thin, FULL) == "sdpa"
+        assert choose(photo.bfloat16(), photo.bfloat16(), FULL) == "eager"
 
 
 def test_half_precision_softmax_is_computed_in_float32():

@@ -11,6 +11,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.nn.kernels import exchanged, flash_attn, flex, sdpa, varlen
 from ssl_lab.nn.kernels.case import Case
 from ssl_lab.nn.kernels.eager import eager
+from ssl_lab.nn.linear import MKL_IS_SLOW
 from ssl_lab.nn.mask import FULL, AttnMask
 
 KernelName = Literal[
@@ -93,9 +94,9 @@ def choose(
 ) -> KernelName:
     """The kernel of "auto": a fixed rule from measurements, never timed, so a resumed run chooses the same.
 
-    On a 2-core AVX-512 machine, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
-    short rows in fp32, where plain matrix products run 1.7 to 12 times faster; long rows and thin heads in fp32 are
-    the opposite (`docs/performance.md` has the table). Accelerators: torch's own choice, flex for masks with structure.
+    On 2-core AVX-512 machines, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
+    short rows in fp32, where plain matrix products run 1.2 to 12 times faster; long rows and thin heads in fp32 are
+    the opposite (`docs/performance.md`). Accelerators: torch's own choice, flex for masks with structure.
     varlen, flash_attn, flash3 and flash4 are taken by name alone: none has been measured here against these.
     Values of another width than the keys (`v_dim`) have no fused kernel on CPU.
     """
@@ -109,9 +110,18 @@ def choose(
             return "eager"
         if q.dtype in (torch.bfloat16, torch.float16):
             return "eager" if length <= 1024 else "sdpa"
-        return "eager" if length < 80 and dim >= 32 else "sdpa"
+        return "eager" if _written_out(length, dim) else "sdpa"
     structured = not bias and not mask.plain and length >= 1024 and dropout_p == 0
     return "flex" if structured and supports("flex", device=q.device, mask=mask) is None else "sdpa"
+
+
+def _written_out(length: int, dim: int) -> bool:
+    """Whether plain products in float32 are the faster way on this CPU; up to 512 keys, as they keep all weights."""
+    if MKL_IS_SLOW:
+        return length < 80 and dim >= 32
+    if not torch.is_grad_enabled():
+        return length < 100
+    return length < 128 or (length <= 512 and dim >= 32)
 
 
 def check(

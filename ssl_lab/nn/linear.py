@@ -53,7 +53,7 @@ def _half_used(processor: dict[str, Any]) -> bool:
 
 _SMALLEST = 4096  # numbers in the result: below, oneDNN's fixed cost (about 12 us) is more than it gains
 _AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-_MKL_IS_SLOW = _AVAILABLE and _half_used(getattr(torch.cpu, "get_capabilities", dict)())
+MKL_IS_SLOW = _AVAILABLE and _half_used(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 class _OneDNN(torch.autograd.Function):
@@ -82,7 +82,7 @@ def _outer(grad: Tensor, x: Tensor) -> Tensor:
 
     oneDNN copies the side that stands transposed here, which takes what its product gains over an MKL that is not slow.
     """
-    if not _MKL_IS_SLOW:
+    if not MKL_IS_SLOW:
         return grad.t() @ x
     if grad.shape[1] <= x.shape[1]:
         return _product(grad.t(), x.t())

@@ -36,7 +36,7 @@ def _through_onednn(a: Tensor, b: Tensor) -> bool:
         a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.shape[1] * a.shape[2] * b.shape[2] >= _SMALLEST
-        and linear._MKL_IS_SLOW
+        and linear.MKL_IS_SLOW
         and not torch.compiler.is_compiling()
     )
 
