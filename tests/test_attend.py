@@ -6,6 +6,7 @@ import torch
 from ssl_lab.errors import UserError
 from ssl_lab.nn import attend as door
 from ssl_lab.nn.attend import KERNELS, attend, choose, supports
+from ssl_lab.nn.kernels import eager as module
 from ssl_lab.nn.mask import CAUSAL, FULL, AttnMask
 
 B, H, L, DH = 2, 4, 12, 16
@@ -89,6 +90,20 @@ def test_flex_equals_eager(mask):
     with torch.no_grad():
         out = attend(q, k, v, mask, kernel="flex")
         torch.testing.assert_close(out, attend(q, k, v, mask, kernel="eager"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_scores_made_some_samples_at_a_time_are_the_same(mask, biased, monkeypatch):
+    bias = torch.randn(1, H, L, L, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if biased else None
+    found = []
+    for limit in (1 << 24, 1):
+        monkeypatch.setattr(module, "_BYTES", limit)
+        leaves = [*tensors(kv_heads=2), *([bias.clone().requires_grad_()] if biased else [])]
+        out = attend(*leaves[:3], mask, bias=leaves[3] if biased else None, kernel="eager")
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(found[0], found[1])
+    assert "Cat" in str(out.grad_fn) and "Training" in str(found[0][0].grad_fn)
 
 
 def test_padding_of_as_many_rows_as_queries_is_each_rows_own():

@@ -10,6 +10,8 @@ from ssl_lab.nn.dropout import dropout, kept
 from ssl_lab.nn.kernels.products import product
 from ssl_lab.nn.mask import AttnMask
 
+_BYTES = 1 << 24  # of scores on a CPU: larger tensors are returned to the system, and come back page by page
+
 
 def eager(
     q: Tensor,
@@ -34,10 +36,29 @@ def eager(
             whole = (*q.shape[:3], k.shape[2])
             overwrite = overwrite and bias.shape == whole and bias.is_contiguous()
             bias = bias.to(q.dtype).expand(whole)
-        out: Tensor = _Training.apply(q, k, v, bias, hidden, scale, mask.may_be_empty, dropout_p, overwrite)
-        return out
+        return _in_pieces(q, k, v, bias, hidden, (scale, mask.may_be_empty, dropout_p, overwrite))
     weights = attention_map(q, k, mask, scale, dropout_p, bias)
     return _per_head(weights, v)
+
+
+def _in_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    settings: tuple[float, bool, float, bool],
+) -> Tensor:
+    """`_Training` on some samples at a time, so that no tensor of scores takes more than `_BYTES`."""
+    rows = max(1, _BYTES // (q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()))
+    if rows >= len(q):
+        out: Tensor = _Training.apply(q, k, v, bias, hidden, *settings)
+        return out
+    count = -(-len(q) // rows)
+    biases = [None] * count if bias is None else bias.split(rows)
+    hiddens = [hidden] * count if hidden is None or len(hidden) == 1 else hidden.split(rows)
+    parts = zip(q.split(rows), k.split(rows), v.split(rows), biases, hiddens, strict=True)
+    return torch.cat([_Training.apply(*part, *settings) for part in parts])
 
 
 class _Training(torch.autograd.Function):
