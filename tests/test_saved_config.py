@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.saved import check_targets, load_config, run_folder, without_downloads
 from ssl_lab.errors import UserError
 
@@ -53,6 +54,21 @@ def test_a_package_of_ones_own_can_be_trusted():
     with pytest.raises(UserError, match=r"add trust=\[json\]"):
         check_targets(config, "here")
     check_targets(config, "here", trust=["json"])
+
+
+def test_a_class_in_one_file_can_be_trusted_too(tmp_path, monkeypatch):
+    (tmp_path / "alone.py").write_text("class Thing:\n    pass\n\ndef make():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("alone.Thing", "alone.make"):
+        check_targets({"a": {"_target_": target}}, "here", trust=["alone"])
+    with pytest.raises(UserError, match="outside"):
+        check_targets({"a": {"_target_": "alone.Thing"}}, "here", trust=["alon"])
+
+
+@pytest.mark.parametrize("path", sorted((conf_folder() / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_a_run_on_several_processes_saves_can_be_read(path):
+    assert "_target_" in path.read_text() or path.stem == "single"
+    check_targets(yaml.safe_load(path.read_text()), "here")
 
 
 @pytest.mark.faults("C13", "YAML with code, aliases, a bomb: refused")
