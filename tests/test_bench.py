@@ -7,7 +7,7 @@ import torch
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench import peers
 from ssl_lab.bench.flops import count
-from ssl_lab.bench.harness import make, make_rotary
+from ssl_lab.bench.harness import make, make_rotary, make_unplaced
 from ssl_lab.bench.loop import data_wait
 from ssl_lab.bench.report import Report, Row
 from ssl_lab.bench.step import MethodStep
@@ -154,9 +154,9 @@ def test_the_harness_gets_a_step(family):
     step = make(family, CFG, inputs)
     assert step.params > 1000
     assert torch.isfinite(step()) and torch.isfinite(step())
-    rotary = make_rotary(family, CFG, inputs)
-    assert (rotary is None) == (family != "conformer")
-    assert rotary is None or (torch.isfinite(rotary()) and rotary.params < step.params)  # no waves to project
+    for other in (make_rotary(family, CFG, inputs), make_unplaced(family, CFG, inputs)):
+        assert (other is None) == (family != "conformer")
+        assert other is None or (torch.isfinite(other()) and other.params < step.params)  # no waves to project
 
 
 def test_the_harness_gets_none_for_what_we_do_not_have():

@@ -40,9 +40,9 @@ def make(
     """One step of a family as a call that gives its loss; None where there is none of ours.
 
     Args:
-        family: mae, dino, moco, vit, vit_infer, clip, conformer (relative positions; `make_rotary` rotates), llama or
-            llama_gen (a text, greedily); moco is MoCo v3, without the frozen patch projection, which other libraries
-            train.
+        family: mae, dino, moco, vit, vit_infer, clip, conformer (relative positions; those of `make_rotary` rotate,
+            `make_unplaced` has none), llama or llama_gen (a text, greedily); moco is MoCo v3, without the frozen patch
+            projection, which other libraries train.
         cfg: `img`, `patch`, `dim`, `depth`, `heads`, `device`, `precision` (fp32 | bf16), `lr`; for mae `dec_dim`,
             `dec_depth`, `dec_heads`, `mask`; for dino `hidden`, `bottleneck`, `protos`, `n_global`; for moco `hidden`,
             `out`, `T`; for vit and vit_infer `classes`; for clip `tdim`, `tdepth`, `theads`, `ctx`, `vocab`, `emb`.
@@ -91,6 +91,11 @@ def make_rotary(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) 
     return _conformer(cfg, inputs["x"], "rope") if family == "conformer" else None
 
 
+def make_unplaced(family: str, cfg: Mapping[str, Any], inputs: Mapping[str, Any]) -> TrainStep | None:
+    """As `make`, a Conformer whose attention knows no positions; None for any other family."""
+    return _conformer(cfg, inputs["x"], "none") if family == "conformer" else None
+
+
 def clip(cfg: Mapping[str, Any]) -> CLIP:
     """CLIP of the sizes in `cfg`, with exact GELU as in open_clip."""
     towers = {
@@ -120,7 +125,7 @@ def llama(cfg: Mapping[str, Any], max_length: int) -> Decoder:
     )
 
 
-def _conformer(cfg: Mapping[str, Any], x: Tensor, positions: Literal["relative", "rope"]) -> TrainStep:
+def _conformer(cfg: Mapping[str, Any], x: Tensor, positions: Literal["relative", "rope", "none"]) -> TrainStep:
     conv = partial(ConvModule, kernel_size=cfg["kernel"])
     block = partial(conformer_block, mlp_ratio=cfg["ffn"] / cfg["dim"], conv=conv)
     encoder = Conformer(cfg["dim"], cfg["depth"], cfg["heads"], positions=positions, block=block)
