@@ -8,6 +8,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.backbones.wav2vec2 import Wav2Vec2
 from ssl_lab.errors import UserError
 from ssl_lab.methods.rnnt import RNNT
+from ssl_lab.nn.relative import RelativeAttention
 from ssl_lab.nn.waveform import ConvFeatures, ConvPositions
 from ssl_lab.rng import fold, uniform
 from ssl_lab.schedules import Constant, Cosine, Linear, Warmup
@@ -186,3 +187,37 @@ def test_layer_decay_of_speech():
     assert {rates[p] for part in stem for p in part.parameters()} == {0.125}
     assert [{rates[p] for p in block.parameters()} for block in encoder.blocks] == [{0.25}, {0.5}]
     assert {rates[p] for p in method.transducer.parameters()} == {1.0}
+
+
+def test_layer_decay_counts_in_every_stack_for_itself():
+    """The text tower of a pair is shallower than the image tower and learns as fast; T5's stem has two stacks above."""
+    names = [f"towers.image.backbone.blocks.{i}.weight" for i in range(12)]
+    names += [f"towers.text.backbone.{end}" for end in ("embed.weight", "blocks.0.w", "blocks.1.w", "blocks.2.w")]
+    names += ["towers.image.backbone.reg_token", "towers.image.projection.weight"]
+    rates = _rates(names, layer_decay=0.65)
+    assert [rates[name] for name in names[:12]] == pytest.approx([0.65 ** (12 - i) for i in range(12)])
+    assert [rates[name] for name in names[12:16]] == pytest.approx([0.65**n for n in (4, 3, 2, 1)])
+    assert rates[names[16]] == pytest.approx(0.65**13) and rates[names[17]] == 1.0
+    names = ["model.encoder.blocks.1.w", "model.decoder.blocks.0.w", "model.embed.weight", "model.stem.conv1.weight"]
+    names += ["model.source_positions.table.weight", "model.target_positions.table.weight"]
+    assert list(_rates(names, layer_decay=0.5).values()) == [0.5, 0.5, 0.125, 0.125, 0.125, 0.125]
+
+
+def test_biases_of_relative_attention_neither_decay_nor_are_made_orthogonal():
+    block = nn.ModuleDict({"attn": RelativeAttention(8, 2)})
+    attention = block["attn"]
+    attention.lora_a = nn.Parameter(torch.ones(2, 8))
+    attention.tokens = nn.Parameter(torch.ones(4, 8))  # of a tuned prefix
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    groups = Optim(name="muon", weight_decay=0.1).build(model.named_parameters(), 256).param_groups
+    found = {p: (group["use_fallback"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found[attention.u] == found[attention.v] == found[attention.qkv.bias] == (True, 0.0)
+    assert found[attention.qkv.weight] == found[attention.lora_a] == (False, 0.1)
+    assert found[attention.tokens] == (True, 0.1)
+
+
+def _rates(names: list[str], **more) -> dict[str, float]:
+    named = {name: nn.Parameter(torch.ones(2)) for name in names}
+    groups = Optim(lr=1.0, warmup=0.0, **more).build(named.items(), 256).param_groups
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    return {name: rates[p] for name, p in named.items()}

@@ -14,9 +14,11 @@ from ssl_lab.schedules import Cosine, Linear, Schedule, as_schedule
 
 Named = Iterable[tuple[str, nn.Parameter]]
 _STEM = {
-    "patch_embed", "pos_embed", "cls_token", "registers", "embed", "positions", "types", "embed_norm", "prompt",
-    "front", "feature_norm",
+    "patch_embed", "pos_embed", "cls_token", "registers", "reg_token", "embed", "positions", "source_positions",
+    "target_positions", "types", "embed_norm", "prompt", "front", "feature_norm", "stem",
 }  # fmt: skip
+_BIASES = (".bias", ".u", ".v")  # u and v of relative attention, one row per head
+_PRODUCTS = ("weight", ".lora_a", ".lora_b", ".router")  # matrices that vectors are multiplied by
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Optim:
         eps: of AdamW.
         weight_decay: a number or a schedule of progress.
         decay: what decays, "matrices" (not biases and other parameters of one dimension) or "all".
-        layer_decay: rate factor per layer below the head (BEiT, arXiv:2106.08254).
+        layer_decay: rate factor per layer below the end of its network (BEiT, arXiv:2106.08254).
         patch_lr: rate factor of the patch projection (DINOv2 takes 0.2).
         schedule: after the warm-up "cosine" or "linear" to `min_lr`, "constant", "step": a tenth at 60 % and again at
             80 %, or "inverse_sqrt": sqrt(warmup / progress) (arXiv:1706.03762, section 5.3).
@@ -123,14 +125,14 @@ class Optim:
     def _groups(self, named: Named) -> Iterator[dict[str, Any]]:
         """Parameters by (decays?, layer, Muon or not), in a fixed order."""
         named = list(named)
-        depth = 1 + max((_block(name) for name, _ in named), default=0)  # of those too that are frozen
+        depths = _depths(name for name, _ in named)  # of those too that are frozen
         named = [(name, p) for name, p in named if p.requires_grad]
         groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
         for name, p in named:
-            decays = self.decay == "all" or (p.ndim > 1 and not name.endswith(".bias"))
-            scale = 1.0 if self.layer_decay is None else self.layer_decay ** (depth + 1 - _layer(name, depth))
+            decays = self.decay == "all" or (p.ndim > 1 and not name.endswith(_BIASES))
+            scale = 1.0 if self.layer_decay is None else self.layer_decay ** _below(name, depths)
             scale *= self.patch_lr if "patch_embed" in name.split(".") else 1.0
-            hidden = self.name == "muon" and p.ndim == 2 and ".blocks." in f".{name}"
+            hidden = self.name == "muon" and p.ndim == 2 and ".blocks." in f".{name}" and name.endswith(_PRODUCTS)
             groups.setdefault((decays, scale, hidden), []).append(p)
         for (decays, scale, hidden), params in groups.items():
             weight_decay = self._weight_decay(0.0) if decays else 0.0
@@ -142,24 +144,44 @@ class Optim:
             yield group
 
 
-def _block(name: str) -> int:
-    """Index of the transformer block in a parameter's name, -1 outside of blocks."""
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """Number of blocks by the path of what holds them, e.g. `{"image": 12, "text": 3}`."""
+    depths: dict[str, int] = {}
+    for name in names:
+        path, block = _block(name)
+        if block >= 0:
+            depths[path] = max(depths.get(path, 0), block + 1)
+    return depths
+
+
+def _block(name: str) -> tuple[str, int]:
+    """Path of the stack in a parameter's name and index of the block, -1 outside of blocks."""
     parts = name.split(".")
-    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else -1
+    at = parts.index("blocks") if "blocks" in parts else -1
+    return (".".join(parts[:at]), int(parts[at + 1])) if at >= 0 else ("", -1)
 
 
-def _layer(name: str, depth: int) -> int:
-    """0 for the stem, i + 1 for block i, depth + 1 for what follows."""
-    parts, block = name.split("."), _block(name)
+def _below(name: str, depths: dict[str, int]) -> int:
+    """Layers between a parameter and the end of its stack: depth + 1 for the stem, 0 for what follows the blocks."""
+    parts, (path, block) = name.split("."), _block(name)
     if "transducer" in parts:  # its prediction network reads tokens, not what the encoder reads
-        return depth + 1
-    if block >= 0:
-        return block + 1
-    # wav2vec 2.0 projects its features directly under the encoder; other parts have a proj of their own.
-    if "proj" in parts and parts[: parts.index("proj")][-1:] in ([], ["encoder"], ["backbone"]):
         return 0
+    if block >= 0:
+        return depths[path] - block
+    # wav2vec 2.0 projects its features directly under the encoder; other parts have a proj of their own.
+    stem = "proj" in parts and parts[: parts.index("proj")][-1:] in ([], ["encoder"], ["backbone"])
     # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
-    return 0 if name == "mask_token" or not _STEM.isdisjoint(parts) else depth + 1
+    stem = stem or name == "mask_token" or not _STEM.isdisjoint(parts)
+    return 1 + _depth_above(parts, depths) if stem else 0
+
+
+def _depth_above(parts: list[str], depths: dict[str, int]) -> int:
+    """Blocks above a stem: of the stack that holds it, or of the deepest one beside it (T5's embedding has two)."""
+    for end in range(len(parts) - 1, -1, -1):
+        holder = "".join(f"{part}." for part in parts[:end])
+        if beside := [depth for path, depth in depths.items() if f"{path}.".startswith(holder)]:
+            return depths.get(holder[:-1], max(beside))
+    return 1
 
 
 @torch.no_grad()
