@@ -50,6 +50,15 @@ def context() -> Context:
     )
 
 
+def test_a_block_has_several_names_and_one_that_does_not_exist_is_named():
+    vit, x = tiny(), torch.randn(1, 3, 32, 32)
+    hidden = vit(x, layers=[1, -1, -2]).hidden
+    assert sorted(hidden) == [-2, -1, 1] and hidden[1] is hidden[-1]
+    for wrong in (2, -3):
+        with pytest.raises(UserError, match=rf"layers={wrong}: there are 2 blocks; the last is -1"):
+            vit(x, layers=[0, wrong])
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_checkpointing_keeps_every_gradient(name):
     block = recipes()[name]

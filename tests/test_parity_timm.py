@@ -214,6 +214,8 @@ def test_adapter_refuses_what_timm_cannot_do():
     backbone = Timm("resnet10t")
     with pytest.raises(UserError, match="keep="):
         backbone(images().float(), keep=torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(UserError, match="layers=5: there are 5 blocks"):
+        backbone(images().float(), layers=[5])
     with pytest.raises(UserError, match="resnet18"):
         Timm("resnett18")
     with pytest.raises(UserError, match="no_such_argument"):

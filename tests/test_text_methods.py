@@ -246,6 +246,8 @@ def test_features_of_a_middle_layer_are_the_mean_over_valid_tokens():
     batch = Batch(tokens=ids(), valid=padding())
     hidden = method.decoder(ids(), valid=padding(), layers=[1]).hidden[1]
     assert gap(method.embed(batch)[1], hidden[1, :7].mean(0)) <= 1e-12
+    with pytest.raises(UserError, match=r"method\.layer=3: there are 3 blocks"):
+        CausalLM(method.decoder, layer=3)
     method.layer = None
     assert gap(method.embed(batch)[1], method.decoder(ids(), valid=padding()).tokens[1, :7].mean(0)) <= 1e-12
 

@@ -10,6 +10,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn.block import places
 from ssl_lab.nn.mask import FULL, AttnMask
 from ssl_lab.types import Encoded
 from ssl_lab.weights.sources import check_timm_name, first_line
@@ -64,6 +65,11 @@ class Timm(nn.Module):
         self.num_prefix: int = getattr(model, "num_prefix_tokens", 0)
         self.has_cls = getattr(model, "cls_token", None) is not None
 
+    @property
+    def depth(self) -> int:
+        """How many layers there are to be asked for: blocks of a ViT, stages of other models."""
+        return len(self.model.feature_info)
+
     def forward(
         self,
         x: Tensor,
@@ -78,7 +84,7 @@ class Timm(nn.Module):
         The tokens are there whatever `tokens` says.
 
         Raises:
-            UserError: `keep` or a mask, which timm models cannot serve; a model without intermediate layers.
+            UserError: `keep` or a mask, which timm models cannot serve; no intermediate layers, or not these.
         """
         if keep is not None or mask is not FULL:
             what = "encode a part of the patches (keep=)" if keep is not None else "restrict attention (mask=)"
@@ -88,13 +94,13 @@ class Timm(nn.Module):
             return Encoded(patches, prefix, has_cls=self.has_cls)
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm's {self.arguments['name']} does not give intermediate layers (layers=)")
-        depth = len(self.model.feature_info)
-        wanted = sorted({i % depth for i in layers})
+        at = places(layers, self.depth)
+        wanted = sorted(set(at.values()))
         extra = {"return_prefix_tokens": True} if self.num_prefix else {}
         last, maps = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW", **extra)
         found = dict(zip(wanted, (_joined(m) for m in maps), strict=True))
         prefix, patches = self._split(last)
-        return Encoded(patches, prefix, hidden={i: found[i % depth] for i in layers}, has_cls=self.has_cls)
+        return Encoded(patches, prefix, hidden={i: found[place] for i, place in at.items()}, has_cls=self.has_cls)
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix (B, P, D) and tokens (B, L, D) of what `forward_features` gives."""

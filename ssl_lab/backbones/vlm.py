@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.hf_lm import HFDecoder
+from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.losses.lm import IGNORE
+from ssl_lab.nn.block import places
 from ssl_lab.types import Encoded
 
 Part = Literal["vision", "connector", "decoder"]
@@ -250,11 +252,11 @@ class VisionLanguage(nn.Module):
 
 def _shortened(vision: nn.Module, layer: int) -> int:
     """Take away what comes after block `layer` of a ViT; gives the block's number from the end of what is left."""
+    if isinstance(vision, Timm) and hasattr(vision.model, "feature_info"):
+        places([layer], vision.depth, "method.model.layer")
     if not isinstance(vision, ViT):
         return layer
-    depth = len(vision.blocks)
-    if not -depth <= layer < depth:
-        raise UserError(f"layer={layer}: the image encoder has {depth} blocks; the last one is -1")
-    vision.blocks = vision.blocks[: layer % depth + 1]
+    place = places([layer], len(vision.blocks), "method.model.layer")[layer]
+    vision.blocks = vision.blocks[: place + 1]
     vision.norm = nn.Identity()
     return -1

@@ -7,6 +7,7 @@ from ssl_lab.backbones.read import read, text_features
 from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
+from ssl_lab.nn.block import places
 from ssl_lab.nn.experts import balance_, forget_
 from ssl_lab.types import Batch, Pooling, Step
 
@@ -21,10 +22,15 @@ class CausalLM(Method):
         pooling: features for evaluation, "mean" or "last" token.
         layer: block whose output they are pooled from, negative = from the end; None = the normed output. Of iGPT a
             middle one is best.
+
+    Raises:
+        UserError: a layer that the decoder has not.
     """
 
     def __init__(self, decoder: Decoder, *, pooling: Pooling = "mean", layer: int | None = None) -> None:
         super().__init__()
+        if layer is not None and isinstance(decoder, Decoder):
+            places([layer], len(decoder.blocks), "method.layer")
         self.decoder, self.pooling, self.layer = decoder, pooling, layer
 
     def step(self, batch: Batch, progress: float) -> Step:

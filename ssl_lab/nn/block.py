@@ -10,6 +10,7 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssl_lab.errors import UserError
 from ssl_lab.nn.attend import KernelName
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.cache import KVCache
@@ -169,21 +170,34 @@ class Transformer(nn.Module):
         """(B, L, D) -> output before the norm, and the outputs of the blocks in `layers` (negative = from the end).
 
         With `rows` (B, M) the output is (B, M, D), and the last block does no work for other positions if it can.
+
+        Raises:
+            UserError: a layer that does not exist.
         """
         if torch.is_autocast_enabled(x.device.type) and not self.fp32_residual:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        wanted = {i % len(self.blocks): i for i in layers}
+        wanted = places(layers, len(self.blocks))
         hidden: dict[int, Tensor] = {}
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if i == last and rows is not None and i not in wanted and isinstance(block, Block):
+            if i == last and rows is not None and i not in wanted.values() and isinstance(block, Block):
                 asked = ctx.asked(rows, x.shape[1])
                 if block.narrows(asked):
                     return block(x, asked), hidden
             x = block(x, ctx)
-            if i in wanted:
-                hidden[wanted[i]] = x
+            hidden.update((name, x) for name, place in wanted.items() if place == i)
         return x if rows is None else take(x, rows), hidden
+
+
+def places(layers: Sequence[int], depth: int, where: str = "layers") -> dict[int, int]:
+    """Where each of `layers` (negative = from the end) stands among `depth` blocks, from 0 on.
+
+    Raises:
+        UserError: a layer that does not exist; `where` names the setting.
+    """
+    if wrong := [i for i in layers if not -depth <= i < depth]:
+        raise UserError(f"{where}={wrong[0]}: there are {depth} blocks; the last is -1")
+    return {i: i % depth for i in layers}
 
 
 _layer_norm: NormType = functools.partial(nn.LayerNorm, eps=1e-6)
