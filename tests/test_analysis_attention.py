@@ -8,6 +8,7 @@ from parity import TINY, gap, images, randomise
 from torch import nn
 
 from ssl_lab.analysis.attention import attention_maps, attention_weights, heat
+from ssl_lab.backbones.conformer import Conformer
 from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
@@ -108,6 +109,8 @@ def test_other_networks_are_named():
     with pytest.raises(UserError, match="Timm has no blocks of ours"):
         attention_maps(Timm("resnet18"), images().float())
     encoder = vit()
+    with pytest.raises(UserError, match="block -1 of Conformer has no self-attention"):
+        attention_weights(Conformer(16, 1, 2, positions="relative"), torch.zeros(1, 8000))
     encoder.blocks[-1] = nn.Identity()
     with pytest.raises(UserError, match="block -1 of ViT has no self-attention"):
         attention_maps(encoder, images())

@@ -11,6 +11,7 @@ from ssl_lab.errors import UserError
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Transformer
 from ssl_lab.nn.kernels.eager import attention_map
+from ssl_lab.nn.relative import RelativeAttention
 from ssl_lab.nn.rope import rotate
 from ssl_lab.types import Encoded
 
@@ -94,6 +95,7 @@ def _attention(encoder: nn.Module, layer: int) -> Attention:
     if not isinstance(encoder, Transformer):
         raise UserError(f"{type(encoder).__name__} has no blocks of ours, whose attention could be shown")
     found = [m for m in encoder.blocks[layer].modules() if isinstance(m, Attention) and not m.cross]
+    found = [m for m in found if not isinstance(m, RelativeAttention)]  # its scores are more than q k^T
     if not found:
-        raise UserError(f"block {layer} of {type(encoder).__name__} has no self-attention")
+        raise UserError(f"block {layer} of {type(encoder).__name__} has no self-attention whose weights can be shown")
     return found[0]
