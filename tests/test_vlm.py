@@ -127,8 +127,10 @@ def test_the_layer_before_the_last_is_read_without_norm_and_prefix():
     want = vision(x, layers=[-2]).hidden[-2][:, 3:]
     model = VisionLanguage(vision, LinearConnector, Decoder(V, 16, 1, 2), image_token=MARK).double().eval()
     assert len(model.vision.blocks) == 2 and gap(model.patches(x), want) == 0
-    with pytest.raises(UserError, match="has 2 blocks"):
+    with pytest.raises(UserError, match=r"method\.model\.layer=4: there are 2 blocks"):
         VisionLanguage(model.vision, LinearConnector, Decoder(V, 16, 1, 2), image_token=MARK, layer=4)
+    with pytest.raises(UserError, match=r"method\.model\.layer=5: there are 5 blocks"):
+        VisionLanguage(Timm("resnet10t"), LinearConnector, Decoder(V, 16, 1, 2), image_token=MARK, layer=5)
 
 
 def test_timm_models_give_their_patches():
@@ -321,6 +323,19 @@ def test_any_causal_language_model_of_transformers_speaks(tmp_path):
     assert isinstance(decoder.head_weight, nn.Parameter)
     with pytest.raises(UserError, match="no config"):
         HFDecoder(str(tmp_path / "none"))
+
+
+def test_packed_rows_of_a_model_with_a_table_of_positions_are_each_document_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_embd=48, n_layer=2, n_head=4))
+    randomise(theirs).float().save_pretrained(tmp_path)
+    decoder = HFDecoder(str(tmp_path)).double().eval()
+    rows = [torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7]])]
+    segments = torch.tensor([[0] * 4 + [1] * 3])
+    with torch.no_grad():
+        joined = decoder(torch.cat(rows, 1), segments=segments).tokens
+        alone = torch.cat([decoder(row).tokens for row in rows], 1)
+    assert gap(joined, alone) < 1e-12
 
 
 def test_language_models_of_transformers_that_would_be_another_one_here_are_refused(tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssl_lab.errors import UserError
 from ssl_lab.nn.linear import linear
 from ssl_lab.nn.mask import AttnMask
+from ssl_lab.nn.positions import since_start
 from ssl_lab.types import Encoded
 from ssl_lab.weights.sources import first_line, hf_config, quiet
 
@@ -75,6 +76,8 @@ class HFDecoder(nn.Module):
             lowest = torch.finfo(tokens.dtype).min
             added = tokens.new_zeros(()).masked_fill(~allowed, lowest).expand(len(x), 1, length, past + length)
         at = torch.arange(past, past + length, device=x.device).expand(len(x), -1)
+        if segments is not None:  # a table of positions begins anew in each document
+            at = since_start(segments)
         if valid is not None:
             at = (valid.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         out = self.model.base_model(
