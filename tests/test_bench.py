@@ -174,6 +174,7 @@ def test_a_report_is_json_and_a_table(tmp_path):
     report.show(console)
     text = console.export_text()
     assert "100.0" in text and "25.0%" in text and "a note" in text
+    assert "samples/s" in text and "images/s" not in text
 
 
 TINY = ["method=supervised", "data=shapes", "backbone=vit", "data.batch_size=8", "trainer.accelerator=cpu"]

@@ -209,7 +209,7 @@ def test_bar_shows_steps_speed_and_time_left(terminal, monkeypatch):
         bar.on_train_batch_end(trainer, method, {"loss": torch.tensor(0.25)}, None, 0)
     bar.on_train_end(trainer, method)
     text = screen.getvalue()
-    assert "44/100" in text and "images/s" in text and "loss 0.25" in text
+    assert "44/100" in text and "samples/s" in text and "loss 0.25" in text
     assert ("min left" in text) == (not terminal)
 
 

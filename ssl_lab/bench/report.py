@@ -57,7 +57,7 @@ class Report:
         ours = self.rows[0].median_s
         table = Table(title=f"{self.experiment}, {self.precision}, batch {self.batch_size}, {self.rounds} rounds")
         table.add_column("step")
-        for column in ("ms", "quartiles", "images/s", "of peak", "memory MB", "times ours"):
+        for column in ("ms", "quartiles", "samples/s", "of peak", "memory MB", "times ours"):
             table.add_column(column, justify="right")
         for row in self.rows:
             low, high = row.quartiles_s
@@ -80,5 +80,5 @@ class Report:
         if self.data_wait is not None:
             yield f"waiting for data: {self.data_wait:.1%} of the time"
         if self.loop_share is not None:
-            yield f"the whole training loop does {self.loop_share:.1%} of the bare step's images/s"
+            yield f"the whole training loop does {self.loop_share:.1%} of the bare step's samples/s"
         yield from self.notes

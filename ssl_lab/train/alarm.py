@@ -20,7 +20,7 @@ _SPREAD, _RANK, _NATS = 0.02, 1.2, 0.02  # far below what healthy runs show
 class CollapseAlarm(L.Callback):
     """Measures the features of a training batch at every logged step and warns when they have become all alike.
 
-    The first tenth of a training is left out, because an untrained encoder's class token hardly depends on the image.
+    The first tenth of a training is left out, because an untrained encoder's class token hardly depends on its input.
 
     Args:
         say: gets the warning, once per kind.
@@ -72,22 +72,22 @@ def diagnosis(values: dict[str, float]) -> dict[str, str]:
     std, rank = values["train/feature_std"], values["train/rankme"]
     if std < _SPREAD or rank < _RANK:
         found["features"] = (
-            f"collapse: all images get nearly the same features (feature_std {std:.2g}, where 1 is an even spread; "
-            f"rankme {rank:.3g}). Try a lower optim.lr, a longer optim.warmup, or to start from method.encoder.weights"
+            f"collapse: all samples get nearly the same features (feature_std {std:.2g}, where 1 is an even spread; "
+            f"rankme {rank:.3g}). Try a lower optim.lr, a longer optim.warmup, or to start from trained weights"
         )
     information, entropy = values.get("train/teacher_information"), values.get("train/teacher_entropy")
     if information is None or entropy is None or information >= _NATS:
         return found
     if information + entropy < 0.5:
         found["teacher"] = (
-            f"collapse: the teacher puts every image on the same prototype (entropy of all its assignments "
+            f"collapse: the teacher puts every sample on the same prototype (entropy of all its assignments "
             f"{information + entropy:.2g} nats). Try a higher method.teacher_temperature, a larger batch, or Sinkhorn "
             "centring where the method has it"
         )
     else:
         found["teacher"] = (
-            f"collapse: the teacher gives every image the same assignment (entropy {entropy:.3g} nats, of which "
-            f"{information:.2g} depend on the image). Try a lower method.teacher_temperature, a lower optim.lr, or a "
+            f"collapse: the teacher gives every sample the same assignment (entropy {entropy:.3g} nats, of which "
+            f"{information:.2g} depend on the sample). Try a lower method.teacher_temperature, a lower optim.lr, or a "
             "method.momentum closer to 1"
         )
     return found

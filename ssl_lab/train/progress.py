@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar with images per second and time left."""
+"""What a person sees while a run trains: a bar with samples per second and time left."""
 
 import time
 from typing import Any
@@ -13,14 +13,14 @@ _REFRESH, _LINE = 0.5, 30.0  # seconds between updates of the bar, and between l
 
 
 class _Rate(ProgressColumn):
-    """Images per second from the bar's own speed in steps."""
+    """Samples per second from the bar's own speed in steps."""
 
     def __init__(self, samples_per_step: int) -> None:
         super().__init__()
         self.samples_per_step = samples_per_step
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed * self.samples_per_step:,.0f} images/s" if task.speed else "")
+        return Text(f"{task.speed * self.samples_per_step:,.0f} samples/s" if task.speed else "")
 
 
 class StepBar(ProgressBar):
@@ -64,7 +64,7 @@ class StepBar(ProgressBar):
             return
         rate = (step - self._first) / (now - self._begun)
         left = (trainer.max_steps - step) / rate / 60 if rate else float("inf")
-        speed = f"{rate * self._samples:,.0f} images/s"
+        speed = f"{rate * self._samples:,.0f} samples/s"
         self._console.print(f"step {step}/{trainer.max_steps}  {loss}  {speed}  {left:.1f} min left", highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
