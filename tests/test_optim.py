@@ -1,6 +1,7 @@
 """Parameter groups, rates and decay over progress, against values worked out by hand and a naive formula."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -221,3 +222,20 @@ def _rates(names: list[str], **more) -> dict[str, float]:
     groups = Optim(lr=1.0, warmup=0.0, **more).build(named.items(), 256).param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     return {name: rates[p] for name, p in named.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "last"),
+    [("swin_tiny_patch4_window7_224", "patch_embed", "layers"), ("convnext_atto", "stem", "stages")],
+)
+def test_layer_decay_goes_on_from_stage_to_stage(name, stem, last):
+    names = [f"encoder.model.{key}" for key, _ in timm.create_model(name).named_parameters()]
+    rates = _rates(names, layer_decay=0.5)  # 2, 2, 6, 2 blocks
+    found = {key.removeprefix("encoder.model."): rate for key, rate in rates.items()}
+    assert {rate for key, rate in found.items() if key.startswith(f"{stem}.")} == {0.5**13}
+    for stage, block, below in ((0, 0, 12), (0, 1, 11), (1, 0, 10), (2, 0, 8), (2, 5, 3), (3, 0, 2), (3, 1, 1)):
+        assert {rate for key, rate in found.items() if key.startswith(f"{last}.{stage}.blocks.{block}.")} == {
+            0.5**below
+        }
+    assert {rate for key, rate in found.items() if key.startswith(f"{last}.1.downsample.")} == {0.5**10}
+    assert {rate for key, rate in found.items() if key.startswith("head.")} == {1.0}

@@ -145,12 +145,19 @@ class Optim:
 
 
 def _depths(names: Iterable[str]) -> dict[str, int]:
-    """Number of blocks by the path of what holds them, e.g. `{"image": 12, "text": 3}`."""
+    """Layers from the first block to the end, by the path of what holds the blocks, e.g. `{"image": 12, "text": 3}`.
+
+    Stages (`stages.0`, `layers.0` of ConvNeXt, Swin) follow one another: the depth of one is that of the next more.
+    """
     depths: dict[str, int] = {}
     for name in names:
         path, block = _block(name)
         if block >= 0:
             depths[path] = max(depths.get(path, 0), block + 1)
+    for path in reversed(list(depths)):
+        kind, _, stage = path.rpartition(".")
+        if kind.rpartition(".")[2] in ("stages", "layers") and stage.isdigit():
+            depths[path] += depths.get(f"{kind}.{int(stage) + 1}", 0)
     return depths
 
 
@@ -168,6 +175,8 @@ def _below(name: str, depths: dict[str, int]) -> int:
         return 0
     if block >= 0:
         return depths[path] - block
+    if "downsample" in parts:  # before the first block of its stage
+        return depths.get(".".join(parts[: parts.index("downsample")]), 0)
     # wav2vec 2.0 projects its features directly under the encoder; other parts have a proj of their own.
     stem = "proj" in parts and parts[: parts.index("proj")][-1:] in ([], ["encoder"], ["backbone"])
     # DINOv2's mask token is put among the patches; those of decoders and predictors have a dot before them.
