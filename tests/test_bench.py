@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.bench import peers
@@ -53,6 +54,22 @@ def test_counted_flops_are_the_formula(kernel):
     expected = 3 * (DEPTH * block_flops(N + 1, DIM) + 2 * DIM * CLASSES) + 2 * patch_embed
     assert count(step.forward_backward, method) == 4 * expected
     assert {b["attn"].fn.kernel for b in method.encoder.blocks} == {kernel}
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward"),
+    [
+        (nn.Conv1d(16, 16, 31, padding=15, groups=16), 2 * 2 * 50 * 16 * 31),
+        (nn.Conv1d(16, 32, 3, padding=1, groups=4), 2 * 2 * 50 * 32 * 4 * 3),
+        (nn.Conv1d(16, 8, 2, stride=2), 2 * 2 * 25 * 8 * 16 * 2),
+        (nn.ConvTranspose1d(16, 8, 2, stride=2, groups=2), 2 * 2 * 50 * 16 * 4 * 2),
+    ],
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_convolutions_cost_backward_what_they_cost_forward(layer, forward, first):
+    """Twice, or once where the input needs no gradient."""
+    x = torch.randn(2, 16, 50).requires_grad_(not first)
+    assert count(lambda: layer(x).sum().backward(), layer) == forward * (2 if first else 3)
 
 
 def test_a_step_trains():

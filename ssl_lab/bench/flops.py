@@ -51,6 +51,7 @@ def _known() -> dict[Any, Callable[..., int]]:
         getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
         for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     }
+    known[torch.ops.aten.convolution_backward] = _convolution_backward_flops
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         known[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     return known
@@ -62,6 +63,25 @@ def _attention_backward_flops(
     """Of the four products that the derivative has; the kernels compute the scores again, which is a fifth."""
     batch, heads, length, dim = q
     return 4 * batch * heads * length * k[2] * (dim + v[3])
+
+
+def _convolution_backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _added: object,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
+    """Of the gradients of input and weight, each as much as forward; torch's counter takes groups for dense."""
+    one = 2 * grad[0] * math.prod((x if transposed else grad)[2:]) * math.prod(weight)
+    return one * (wanted[0] + wanted[1])
 
 
 def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
