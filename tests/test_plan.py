@@ -18,13 +18,14 @@ from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import compose
 from ssl_lab.cli.main import main
 from ssl_lab.cli.plan import _advice
-from ssl_lab.cli.plan_work import work_here
+from ssl_lab.cli.plan_work import work_elsewhere, work_here
 from ssl_lab.cli.rehearsal import batch_of, batches_of, rehearsal
 from ssl_lab.errors import UserError
 
 WORK = plan.Work(
     params=1000,
     trained=600,
+    gradient_bytes=2400,
     held=4000,
     state=4800,
     process=50,
@@ -178,3 +179,13 @@ def test_whole_batches_of_many_lengths(tmp_path):
     assert work.flops(8) == pytest.approx(sum(counted) / len(counted), rel=1e-3)
     assert work.inputs(8) == sizes[-1] and work.large.batch_size == 8
     assert work.seconds(8) == work.large.seconds > 0
+
+
+def test_weights_and_gradients_in_half_precision(tmp_path):
+    """Their bytes are those of the dtype that a step gives the method."""
+    words = ["experiment=quickstart", "data.batch_size=8", "method.encoder.depth=2", "data.rows=64"]
+    training = rehearsal(compose("plan", words, [conf_folder()]), str(tmp_path / "run"), 1)
+    work = work_elsewhere(training, "bf16-true")
+    assert work.gradient_bytes == 2 * work.trained
+    assert work.held == sum(tensor_bytes(t) for t in (*training.method.parameters(), *training.method.buffers()))
+    assert plan.memory(work, 8).gradients == 2 * work.trained

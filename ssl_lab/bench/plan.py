@@ -6,7 +6,6 @@ from ssl_lab.bench.devices import Accelerator
 from ssl_lab.bench.probe import Probe
 
 BACKWARD = 2 / 3  # share of forward and backward that is backward, where gradients may travel meanwhile
-_GRADIENT = 4  # bytes of an element that travels: gradients are float32
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,7 @@ class Work:
     Attributes:
         params: all parameters, teachers and queues' encoders included.
         trained: those that take a gradient.
+        gradient_bytes: of all gradients, which have the dtype of their parameters.
         held: bytes of all parameters and buffers.
         state: bytes of the optimizer's state.
         process: bytes that are there anyway: libraries, data in memory, a device's context.
@@ -24,6 +24,7 @@ class Work:
 
     params: int
     trained: int
+    gradient_bytes: int
     held: int
     state: int
     process: int
@@ -77,7 +78,7 @@ def memory(work: Work, batch: int, *, shards: int = 1) -> Memory:
     """
     return Memory(
         weights=work.held / shards,
-        gradients=work.trained * _GRADIENT / shards,
+        gradients=work.gradient_bytes / shards,
         optimizer=work.state / shards,
         activations=work.saved(batch),
         batch=2 * work.inputs(batch),
@@ -101,7 +102,7 @@ def traffic_seconds(work: Work, devices: int, device: Accelerator) -> float:
 
     A ring of n sends 2 (n - 1) / n of the bytes through each link (Patarasuk and Yuan, 2009).
     """
-    size, near = work.trained * _GRADIENT, min(devices, device.per_machine)
+    size, near = work.gradient_bytes, min(devices, device.per_machine)
     machines = -(-devices // device.per_machine)
     seconds = 2 * (near - 1) / near * size / device.within
     return seconds + 2 * (machines - 1) / machines * size / near / device.between

@@ -10,6 +10,7 @@ from ssl_lab.bench.step import MethodStep
 from ssl_lab.bench.timing import timed
 from ssl_lab.cli.rehearsal import batch_of, batches_of, fresh
 from ssl_lab.cli.train import Training
+from ssl_lab.methods.base import Method
 from ssl_lab.train.metrics import peak_memory
 
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with its libraries
@@ -39,20 +40,33 @@ def work_elsewhere(training: Training, precision: str | int) -> plan.Work:
 def _work(training: Training, precision: str | int, sizes: list[int], rounds: int = _ROUNDS) -> plan.Work:
     method, device = training.method, training.trainer.strategy.root_device
     params = sum(p.numel() for p in method.parameters())
-    held = sum(tensor_bytes(t) for t in (*method.parameters(), *method.buffers()))
-    before = resident() - held
-    state, probes = 0, list[Probe]()
+    before = resident() - _held(method)
+    held, state, probes = 0, 0, list[Probe]()
     for rows in sizes:
         held_batch = batch_of(training, rows)
         step = MethodStep(method, held_batch, device=device, precision=precision)
+        held = _held(method)  # in the dtype that the step gave it
         probes.append(probe(step, method, rows, tensor_bytes(held_batch), rounds=rounds))
         if not rounds:
             step()
         state = state_bytes(step.optimizer)
         del step, held_batch
         free()
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    return plan.Work(params, trained, held, state, int(before), small=probes[0], large=probes[-1])
+    trained = [p for p in method.parameters() if p.requires_grad]
+    return plan.Work(
+        params,
+        sum(p.numel() for p in trained),
+        sum(tensor_bytes(p) for p in trained),
+        held,
+        state,
+        int(before),
+        small=probes[0],
+        large=probes[-1],
+    )
+
+
+def _held(method: Method) -> int:
+    return sum(tensor_bytes(t) for t in (*method.parameters(), *method.buffers()))
 
 
 def _whole(training: Training, precision: str | int) -> tuple[Probe, int]:
