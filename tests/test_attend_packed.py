@@ -263,6 +263,12 @@ def test_what_changes_nothing_is_not_refused(monkeypatch, kernel):
         assert supports(kernel, mask=mask, lengths=(L, L), **ON_GPU) is None
 
 
+def test_torchs_flash_kernel_has_as_many_causal_queries_as_keys():
+    assert "as many queries as keys" in supports("flash", mask=CAUSAL, lengths=(4, 8), **ON_GPU)
+    for mask, lengths in ((CAUSAL, (8, 8)), (CAUSAL, (1, 8)), (FULL, (4, 8)), (CAUSAL, None)):
+        assert supports("flash", mask=mask, lengths=lengths, **ON_GPU) is None
+
+
 def test_dropout_and_widths():
     assert "no dropout" in supports("varlen", dropout_p=0.1, **ON_GPU)
     assert "multiple of 8, not 60" in supports("varlen", **{**ON_GPU, "head_dim": 60})
@@ -312,6 +318,9 @@ def test_auto_leaves_packed_rows_to_flex():
     meta = torch.zeros(B, H, 2048, DH, device="meta")
     documents = AttnMask(causal=True, segments=torch.zeros(B, 2048, dtype=torch.int64, device="meta"))
     assert door.choose(meta, meta, documents) == "flex"
+    padded = AttnMask(causal=True, valid=torch.ones(B, 2048, dtype=torch.bool, device="meta"))
+    assert door.choose(meta, meta, padded) == "flex"
+    assert door.choose(meta[:, :, :1], meta, padded) == "sdpa"  # decoding
 
 
 @pytest.mark.gpu

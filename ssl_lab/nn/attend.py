@@ -96,7 +96,8 @@ def choose(
 
     On 2-core AVX-512 machines, forward and backward of torch's CPU flash kernel gain nothing from bf16 and lose on
     short rows in fp32, where plain matrix products run 1.2 to 12 times faster; long rows and thin heads in fp32 are
-    the opposite (`docs/performance.md`). Accelerators: torch's own choice, flex for masks with structure.
+    the opposite (`docs/performance.md`). Accelerators: torch's own choice, flex for masks with structure
+    but in decoding, where each step would be compiled anew.
     varlen, flash_attn, flash3 and flash4 are taken by name alone: none has been measured here against these.
     Values of another width than the keys (`v_dim`) have no fused kernel on CPU.
     """
@@ -111,7 +112,7 @@ def choose(
         if q.dtype in (torch.bfloat16, torch.float16):
             return "eager" if length <= 1024 else "sdpa"
         return "eager" if _written_out(length, dim) else "sdpa"
-    structured = not bias and not mask.plain and length >= 1024 and dropout_p == 0
+    structured = not bias and q.shape[2] > 1 and not mask.plain and length >= 1024 and dropout_p == 0
     return "flex" if structured and supports("flex", device=q.device, mask=mask) is None else "sdpa"
 
 

@@ -64,6 +64,9 @@ def refuses(case: Case, *, backend: Backend) -> str | None:
         return reason
     if backend in ("flash", "cudnn") and case.v_dim not in (None, case.head_dim):
         return f"its values are as wide as its keys, not {case.v_dim} beside {case.head_dim}"
+    L, S = case.lengths or (1, 1)
+    if backend == "flash" and case.device.type == "cuda" and case.mask.causal and 1 < L != S:
+        return "torch's flash kernel counts causal positions from the start, which needs as many queries as keys"
     if backend in ("flash", "cudnn") and case.device.type == "cuda":
         plain = backend == "cudnn" or case.mask.plain
         return (
