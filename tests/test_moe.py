@@ -128,6 +128,19 @@ def test_padding_takes_no_room():
     assert torch.equal(out, again) and torch.equal(aux, layer.aux) and out[1, 7:].abs().sum() == 0
 
 
+def test_padding_of_packed_rows_is_no_token():
+    segments = torch.where(VALID, 3, -1)
+    for make in (SwitchFFN, DeepSeekMoE):
+        layer = spread(make(D, E, 16)).train()
+        layer.jitter = 0.0
+        found = []
+        for mask in (AttnMask(valid=VALID), AttnMask(segments=segments)):
+            layer(tokens(), Context(mask=mask))
+            found.append(layer.aux)
+        layer(tokens(), Context())
+        assert torch.equal(*found) and not torch.equal(found[0], layer.aux)
+
+
 def test_room_of_an_expert_does_not_depend_on_padding():
     layer = spread(SwitchFFN(D, E, 16, jitter=0.0, capacity=1.25, eval_capacity=1.25)).eval()
     with torch.no_grad():

@@ -136,7 +136,10 @@ class Mixture(nn.Module):
 
 def real_tokens(x: Tensor, ctx: "Context") -> Tensor | None:
     """(B, L) bool of the tokens at hand, or None when all are real."""
-    return None if ctx.mask.valid is None else ctx.mask.valid[:, -x.shape[1] :]
+    valid, segments = ctx.mask.valid, ctx.mask.segments
+    if valid is None and segments is not None:
+        return segments[:, -x.shape[1] :] != -1  # padding of packed rows
+    return None if valid is None else valid[:, -x.shape[1] :]
 
 
 def sequence_mean(x: Tensor, valid: Tensor | None) -> Tensor:
