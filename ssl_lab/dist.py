@@ -2,24 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-_ALONE = ContextVar("alone", default=False)
+_alone = False  # of the process: backward of CUDA has threads of its own, which a ContextVar does not reach
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Something that this process does by itself: there is one rank, and the others are not waited for."""
-    token = _ALONE.set(True)
+    global _alone
+    before, _alone = _alone, True
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _alone = before
 
 
 def rank() -> int:
@@ -33,7 +33,7 @@ def world_size() -> int:
 
 
 def _joined() -> bool:
-    return td.is_available() and td.is_initialized() and not _ALONE.get()
+    return td.is_available() and td.is_initialized() and not _alone
 
 
 def local(x: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from training import TINY, rows, same_end
 
+from ssl_lab import dist
 from ssl_lab.train.checkpoint import facts, find, read
 
 PLAIN = ["method=supervised", "method.mixup=null"] + [
@@ -51,6 +53,18 @@ def test_training_on_two_ranks_equals_one(tmp_path):
     assert facts(find(two))["world_size"] == 2 and facts(find(two))["samples_per_step"] == 8
     text = finished([*words, f"out={two}", "data.batch_size=4"], code=2)
     assert "samples per step" in text
+
+
+def test_other_threads_are_alone_too(monkeypatch):
+    """As those in which CUDA computes checkpointed blocks again."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    found = []
+    with dist.alone():
+        thread = threading.Thread(target=lambda: found.append(dist.world_size()))
+        thread.start()
+        thread.join()
+    assert found == [1] and dist.world_size() == 2
 
 
 def wait_for(path):
