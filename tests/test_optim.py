@@ -202,6 +202,7 @@ def test_layer_decay_counts_in_every_stack_for_itself():
     names = ["model.encoder.blocks.1.w", "model.decoder.blocks.0.w", "model.embed.weight", "model.stem.conv1.weight"]
     names += ["model.source_positions.table.weight", "model.target_positions.table.weight"]
     assert list(_rates(names, layer_decay=0.5).values()) == [0.5, 0.5, 0.125, 0.125, 0.125, 0.125]
+    assert list(_rates(["embed.weight", "head.weight"], layer_decay=0.5).values()) == [0.5, 1.0]  # no blocks at all
 
 
 def test_biases_of_relative_attention_neither_decay_nor_are_made_orthogonal():

@@ -1,7 +1,7 @@
 """The linear map of every projection, with float32 on a CPU sent to the library that is fast there.
 
 For float32 torch calls MKL, which on processors of other makers stays below their widest vectors: oneDNN does the same
-product 2.1 times faster on an AMD EPYC of family 26, 1.1 to 1.2 times on one of family 25 (`docs/performance.md`). Half
+product 2.1 times faster on an AMD EPYC of family 26, 1.0 to 1.4 times on one of family 25 (`docs/performance.md`). Half
 precision goes to oneDNN anyway.
 """
 

@@ -190,7 +190,7 @@ def _depth_above(parts: list[str], depths: dict[str, int]) -> int:
         holder = "".join(f"{part}." for part in parts[:end])
         if beside := [depth for path, depth in depths.items() if f"{path}.".startswith(holder)]:
             return depths.get(holder[:-1], max(beside))
-    return 1
+    return 0
 
 
 @torch.no_grad()
