@@ -319,19 +319,3 @@ def test_a_missing_path_names_its_neighbours(tmp_path: Path) -> None:
         HFImages(tmp_path / "cifar1O")
     with pytest.raises(UserError, match="there is cifar10"):
         HFImages(tmp_path / "flowers" / "train")
-
-
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise ConnectionError("the network is away\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"'someone/flowers' is no local file .*: the network is away \(without"):
-        HFImages("someone/flowers")
-
-
-def test_rows_of_the_hub_are_read_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["a", "b"])})
-    rows = datasets.Dataset.from_dict({"img": [Image.new("RGB", (5, 5))] * 3, "fine": [1, 0, 1]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows)
-    assert HFImages("someone/flowers", label_column="fine").read([0, 1]).targets.tolist() == [1, 0]

@@ -60,10 +60,11 @@ def _data(data: DataModule) -> str:
 
 
 def _parameters(method: Method) -> str:
-    """Parameters in millions, whole and by part."""
-    count = sum(p.numel() for p in method.parameters())
-    parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.3g}M" for name, part in method.named_children()]
-    return f"{count / 1e6:.3g}M parameters ({', '.join(parts)})" if len(parts) > 1 else f"{count / 1e6:.3g}M parameters"
+    """Parameters in millions, whole and by part, without parts that have none."""
+    whole = f"{sum(p.numel() for p in method.parameters()) / 1e6:.3g}M parameters"
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()}
+    parts = [f"{name} {count / 1e6:.3g}M" for name, count in counts.items() if count]
+    return f"{whole} ({', '.join(parts)})" if len(parts) > 1 else whole
 
 
 def _schedules(method: Method) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_lab.data.folders import HELD_OUT, choose, class_folders, files_below, missing, nothing_in, share, split_folders
+from ssl_lab.data.hub import from_hub, on_hub
 from ssl_lab.data.medium import IMAGES, Medium
 from ssl_lab.data.table_labels import kind_of, labels_of
 from ssl_lab.errors import UserError
@@ -86,7 +87,7 @@ def open_table(
         return _parquet(local, [local], split, column, label_column, medium, by_content)
     if local.is_file():
         raise UserError(f"{path} is neither a folder nor a parquet file: unpack an archive first, then give its folder")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and local.suffix != ".parquet" and not local.parent.exists():
+    if on_hub(path):
         return _hub(path, split, column, label_column, medium)
     raise UserError(missing(local))
 
@@ -169,15 +170,15 @@ def _told(rows: "datasets.Dataset") -> list[str]:
 
 
 def _hub(path: str, split: str, column: str | None, label_column: str | None, medium: Medium) -> Table:
-    from datasets import load_dataset
+    from datasets import ClassLabel
 
-    try:
-        rows = load_dataset(path, split=split)
-    except Exception as error:  # its own errors, those of the network, those of the file system
-        reason = f"and the Hugging Face hub does not give it: {_line(error)}"
-        offline = "without a network, set data.path to a folder or parquet file"
-        raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
-    return table_of(rows, f"{path} {split}", column, label_column, lambda x: list(rows.unique(x)), None, medium)
+    rows = from_hub(path, split)
+
+    def values(column: str) -> list[Any]:
+        typed = isinstance(rows.features[column], ClassLabel)  # its names are the same in all splits
+        return list((rows if typed else from_hub(path, None)).unique(column))
+
+    return table_of(rows, f"{path} {split}", column, label_column, values, None, medium)
 
 
 def _part(table: Table, keys: list[int], split: str) -> Table:

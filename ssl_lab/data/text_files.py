@@ -28,8 +28,8 @@ def documents(path: str, split: str | None = None, column: str | Sequence[str] |
     """The documents at `path`: text files as they are, else the rows of a column (or of several, one after another).
 
     `path` is a .txt file, a folder of them, a parquet or .jsonl file or a folder of them, a data set of the hub
-    (owner/name, or owner/name:configuration), or `captions`. `split=None` takes all that is there (of the hub: train).
-    A single text file is divided at 90 % of its characters, anything else without named splits by a hash.
+    (owner/name, or owner/name:configuration), or `captions`. `split=None` takes all that is there. A
+    single text file is divided at 90 % of its characters, anything else without named splits by a hash.
 
     Raises:
         UserError: nothing is there, it cannot be read, or a column is missing.

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssl_lab.data import text_captions
 from ssl_lab.data.folders import HELD_OUT, choose, missing, share
+from ssl_lab.data.hub import from_hub, on_hub
 from ssl_lab.errors import UserError
 from ssl_lab.rng import fold
 
@@ -80,8 +81,8 @@ def open_rows(path: str, split: str | None, key: str | None = None) -> Rows:
         return _captions(split)
     local = Path(path).expanduser()
     if not local.exists():
-        if re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not local.suffix and not local.parent.exists():
-            return _hub(path, split or "train")
+        if on_hub(path):
+            return _hub(path, split)
         raise UserError(missing(local))
     for suffixes, open_files in ((PARQUET, _parquet), (JSONL, _jsonl)):
         if files := find(local, suffixes):
@@ -196,22 +197,14 @@ def _jsonl(files: list[Path]) -> Rows:
     return Rows(_origin(files), list(table), _in_memory(table), count)
 
 
-def _hub(path: str, split: str) -> Rows:
-    from datasets import load_dataset
-
-    name, _, configuration = path.partition(":")
-    try:
-        found = load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # its own errors, those of the network, those of the file system
-        reason = f"and the Hugging Face hub does not give it: {_line(error)}"
-        offline = "without a network, set data.path to a file or folder"
-        raise UserError(f"{path!r} is no local file or folder, {reason} ({offline})") from error
+def _hub(path: str, split: str | None) -> Rows:
+    found = from_hub(path, split)
 
     def reader(columns: Sequence[str]) -> Iterator[Chunk]:
         yield from found.select_columns(list(columns)).iter(_CHUNK)
 
     classes = {name: x.names for name, x in found.features.items() if hasattr(x, "names")}
-    return Rows(f"{path} {split}", list(found.features), reader, len(found), classes)
+    return Rows(f"{path} {split or ''}".rstrip(), list(found.features), reader, len(found), classes)
 
 
 def _captions(split: str | None) -> Rows:
