@@ -8,14 +8,19 @@ import torch
 from torch import nn
 
 from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.encoder_decoder import EncoderDecoder
+from ssl_lab.losses.lm import IGNORE
+from ssl_lab.methods.seq2seq import Seq2Seq
 from ssl_lab.nn.block import Block, Context, Transformer
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.experts import aux_loss, balance_, forget_
 from ssl_lab.nn.mask import CAUSAL, AttnMask
 from ssl_lab.nn.mla import MLA
 from ssl_lab.nn.moe import DeepSeekMoE, SwitchFFN
+from ssl_lab.nn.positions import Relative
 from ssl_lab.nn.recipes import deepseek_block, rms_norm, switch_block
 from ssl_lab.nn.rope import rope_1d
+from ssl_lab.types import Batch
 from tests.parity import gap, gradients, randomise, weigh
 
 D, H, L, E = 32, 4, 12, 8
@@ -298,3 +303,19 @@ def test_the_last_matrix_of_each_branch_begins_smaller_and_a_router_by_its_own_r
         wanted = 0.1 / 8 if name.endswith("router") else 0.02 / 4 if name.endswith(ends) else 0.02
         assert found == pytest.approx(wanted, rel=0.15), name
     assert any(name.endswith("experts.down") for name in spreads)
+
+
+def test_padding_of_targets_is_no_token_to_experts_of_an_encoder_decoder():
+    block = functools.partial(switch_block, every=1, moe=functools.partial(SwitchFFN, jitter=0.0))
+    model = EncoderDecoder(31, D, 1, H, max_length=64, positions=Relative, block=block, norm=rms_norm)
+    method = Seq2Seq(model.double(), 1)
+    randomise(method)
+    ids = torch.randint(2, 31, (2, L), generator=torch.Generator().manual_seed(5))
+    labels = ids.where(VALID, IGNORE)
+    short = Batch(tokens=ids, labels=labels)
+    long = Batch(tokens=ids, labels=torch.cat([labels, torch.full((2, 20), IGNORE)], 1))
+    found = []
+    for batch in (short, long):
+        loss = method.train().step(batch, 0.0).loss
+        found.append(torch.stack([loss, aux_loss(model)]))
+    assert gap(*found) < 1e-12

@@ -125,17 +125,19 @@ class EncoderDecoder(nn.Module):
         out = self._run(self.encoder, self.source_positions, tokens, Context(mask=mask))
         return Encoded(out, out[:, :0], valid=valid, has_cls=False)
 
-    def decode(self, x: Tensor, memory: Encoded, *, cache: KVCache | None = None) -> Encoded:
+    def decode(
+        self, x: Tensor, memory: Encoded, *, valid: Tensor | None = None, cache: KVCache | None = None
+    ) -> Encoded:
         """Target ids (B, L) int64, each seeing itself, earlier ones and the memory -> (B, L, D) for `head_weight`.
 
-        With `cache` only the new ids are given; it keeps the keys and values of the past and of the memory.
+        Padding comes last, where no real id sees it; layers of experts are told of it by `valid` (B, L) bool. With
+        `cache` only the new ids are given; it keeps the keys and values of the past and of the memory.
 
         Raises:
             UserError: more tokens than `max_length`.
         """
-        ctx = Context(
-            mask=AttnMask(causal=True), memory=memory.tokens, memory_mask=AttnMask(valid=memory.valid), cache=cache
-        )
+        far = AttnMask(valid=memory.valid)
+        ctx = Context(mask=AttnMask(causal=True), memory=memory.tokens, memory_mask=far, cache=cache, real=valid)
         out = self._run(self.decoder, self.target_positions, self._embedded(x), ctx)
         if self.scaled == "head":
             out = out * self.dim**-0.5

@@ -113,7 +113,9 @@ class Seq2Seq(Method):
         return self.model.encode(x, valid=valid)
 
     def _hidden(self, batch: Batch, augment: nn.Module | None = None) -> Tensor:
-        return self.model.decode(shift_right(batch["labels"], self.start_token), self._source(batch, augment)).tokens
+        labels = batch["labels"]
+        target, memory = shift_right(labels, self.start_token), self._source(batch, augment)
+        return self.model.decode(target, memory, valid=labels != IGNORE).tokens
 
 
 def _key(model: EncoderDecoder) -> str:

@@ -34,6 +34,7 @@ class Context:
     bias: Tensor | None = None  # (1 | B, H, L, S) added to the scaled scores of self-attention (ALiBi, T5)
     waves: Tensor | None = None  # (2 L - 1, D) of the distances L - 1 .. 1 - L, see `ssl_lab.nn.relative`
     cache: KVCache | None = None
+    real: Tensor | None = None  # (B, L) bool, tokens that are no padding, where the mask has no need to tell them
     rows: Tensor | None = None  # (B, M) int64, the only positions that self-attention answers for; see Block.narrows
 
     def bias_of(self, keys: int) -> Tensor | None:

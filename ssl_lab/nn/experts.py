@@ -136,7 +136,7 @@ class Mixture(nn.Module):
 
 def real_tokens(x: Tensor, ctx: "Context") -> Tensor | None:
     """(B, L) bool of the tokens at hand, or None when all are real."""
-    valid, segments = ctx.mask.valid, ctx.mask.segments
+    valid, segments = ctx.mask.valid if ctx.real is None else ctx.real, ctx.mask.segments
     if valid is None and segments is not None:
         return segments[:, -x.shape[1] :] != -1  # padding of packed rows
     return None if valid is None else valid[:, -x.shape[1] :]
