@@ -15,6 +15,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.errors import UserError
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
+from ssl_lab.methods.causal_lm import CausalLM
 from ssl_lab.nn.block import encoder_block
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.connectors import LinearConnector, MLPConnector, ResamplerConnector
@@ -352,6 +353,8 @@ def test_language_models_of_transformers_that_would_be_another_one_here_are_refu
     assert decoder.sliding == 9 and decoder(torch.ones(1, 9, dtype=torch.int64)).tokens.shape == (1, 9, 48)
     with pytest.raises(UserError, match="window of 9"):
         decoder(torch.ones(1, 10, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"method\.layer=1: .* set it to null"):
+        CausalLM(decoder, layer=1)
     bloom = transformers.BloomConfig(vocab_size=V, hidden_size=48, n_layer=1, n_head=4)
     transformers.BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
     with pytest.raises(UserError, match="cannot take the place"):

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.read import read, text_features
+from ssl_lab.errors import UserError
 from ssl_lab.losses.experts import with_experts
 from ssl_lab.losses.lm import mean_over_tokens, token_nll
 from ssl_lab.methods.base import Method
@@ -29,7 +30,11 @@ class CausalLM(Method):
 
     def __init__(self, decoder: Decoder, *, pooling: Pooling = "mean", layer: int | None = None) -> None:
         super().__init__()
-        if layer is not None and isinstance(decoder, Decoder):
+        if layer is not None:
+            if not isinstance(decoder, Decoder):
+                raise UserError(
+                    f"method.layer={layer}: a model of transformers does not give its layers; set it to null"
+                )
             places([layer], len(decoder.blocks), "method.layer")
         self.decoder, self.pooling, self.layer = decoder, pooling, layer
 
