@@ -33,7 +33,7 @@ class CausalLM(Method):
         if layer is not None:
             if not isinstance(decoder, Decoder):
                 raise UserError(
-                    f"method.layer={layer}: a model of transformers does not give its layers; set it to null"
+                    f"method.layer={layer}: a model of transformers gives no layers; set it to null"
                 )
             places([layer], len(decoder.blocks), "method.layer")
         self.decoder, self.pooling, self.layer = decoder, pooling, layer
