@@ -8,10 +8,15 @@ import torch
 from omegaconf import OmegaConf
 from parity import TINY, gap, images, randomise
 
+from ssl_lab.backbones.conformer import Conformer
+from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.backbones.timm import Timm
+from ssl_lab.backbones.tower import Tower
+from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.export import run
 from ssl_lab.data.views import STATS, Resize
 from ssl_lab.errors import UserError
+from ssl_lab.methods.clip import CLIP
 from ssl_lab.methods.mae import MAE, Decoder
 from ssl_lab.methods.supervised import Supervised
 from ssl_lab.nn.block import encoder_block
@@ -193,6 +198,30 @@ def test_a_timm_encoder(tmp_path):
     assert gap(theirs.forward_features(x).flatten(2).transpose(1, 2), method.encoder.eval()(x).tokens) < 1e-5
     with pytest.raises(UserError, match="to=safetensors"):
         export_to(folder, "hf")
+
+
+def test_what_no_other_library_reads_is_said_with_what_to_do(tmp_path):
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2}
+    encoder = {"_target_": "ssl_lab.backbones.conformer.Conformer", **sizes}
+    config = {"_target_": "ssl_lab.methods.supervised.Supervised", "encoder": encoder, "num_classes": 5}
+    folder = finished(tmp_path / "run", Supervised(Conformer(**sizes), 5), config)
+    for to in ("timm", "hf", "safetensors"):
+        with pytest.raises(UserError, match=r"Conformer of these parts.*; .* weights=<run folder>"):
+            export_to(folder, to)
+
+
+def test_both_towers_are_more_than_one_network(tmp_path):
+    vit = {"dim": 16, "depth": 1, "num_heads": 2, "image_size": 32, "patch_size": 16}
+    text = {"vocab_size": 31, "dim": 16, "depth": 1, "num_heads": 2, "max_length": 8}
+    parts = {"image": (ViT, vit), "text": (TextEncoder, text)}
+    config = {"_target_": "ssl_lab.methods.clip.CLIP"}
+    for name, (made, sizes) in parts.items():
+        backbone = {"_target_": f"{made.__module__}.{made.__name__}", **sizes}
+        config[name] = {"_target_": "ssl_lab.backbones.tower.Tower", "backbone": backbone, "embed_dim": 12}
+    towers = [Tower(made(**sizes), 12) for made, sizes in parts.values()]
+    folder = finished(tmp_path / "run", CLIP(*towers), config)
+    with pytest.raises(UserError, match=r"writes one network: .* take to=hf"):
+        export_to(folder, "safetensors")
 
 
 def test_a_wrong_export_is_never_claimed(mae_run, monkeypatch):

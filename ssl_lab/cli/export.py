@@ -153,7 +153,12 @@ def _open_clip(method: nn.Module, folder: Path, look: Look | None) -> Exported:
 def _of_pairs(run: Path | None) -> dict[str, Writer]:
     """Writers of both towers; the tokenizer of the run says which token ends a caption."""
     eos = tokenizer.load(run).eos if run is not None and (run / "tokenizer.json").is_file() else None
+
+    def alone(method: nn.Module, folder: Path, look: Look | None) -> Exported:
+        raise UserError("to=safetensors writes one network: of images and texts take to=hf, or to=open_clip of CLIP")
+
     return {
+        "safetensors": alone,
         "hf": lambda method, folder, look: pairs_export.to_hf(method, folder, look=look, eos=eos),
         "open_clip": lambda method, folder, look: pairs_export.to_open_clip(method, folder, look=look, eos=eos),
     }
@@ -161,6 +166,9 @@ def _of_pairs(run: Path | None) -> dict[str, Writer]:
 
 def _safetensors(method: nn.Module, folder: Path, look: Look | None) -> Exported:
     backbone = _backbone(method)
+    if not io.architecture(backbone):
+        kind = type(backbone).__name__
+        raise UserError(f"to=safetensors: no header describes a {kind} of these parts; {export.instead(backbone)}")
     io.save(backbone, folder / "model.safetensors")
     again = io.build(folder / "model.safetensors")
     state, other = backbone.state_dict(), again.state_dict()

@@ -32,9 +32,7 @@ class CausalLM(Method):
         super().__init__()
         if layer is not None:
             if not isinstance(decoder, Decoder):
-                raise UserError(
-                    f"method.layer={layer}: a model of transformers gives no layers; set it to null"
-                )
+                raise UserError(f"method.layer={layer}: a model of transformers gives no layers; set it to null")
             places([layer], len(decoder.blocks), "method.layer")
         self.decoder, self.pooling, self.layer = decoder, pooling, layer
 

@@ -185,10 +185,17 @@ def import_transformers() -> Any:
     return transformers
 
 
+def instead(backbone: nn.Module) -> str:
+    """How weights that no other library reads are used."""
+    if io.architecture(backbone):
+        return "use to=safetensors"
+    return "a network that a configuration builds reads them from the run's folder: weights=<run folder>"
+
+
 def _facts(backbone: nn.Module) -> dict[str, Any]:
     described = io.architecture(backbone) if isinstance(backbone, ViT) else {}
     if not described:
-        raise UserError(f"{type(backbone).__name__} has no counterpart there; use to=safetensors")
+        raise UserError(f"{type(backbone).__name__} of these parts has no counterpart there; {instead(backbone)}")
     facts: dict[str, Any] = described["arguments"]
     return facts
 
