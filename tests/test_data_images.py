@@ -313,6 +313,15 @@ def test_empty_places_say_what_they_hold(tmp_path: Path) -> None:
         HFImages(tmp_path / "images.zip")
 
 
+def test_classes_beside_what_is_held_out_are_to_stand_in_train(tmp_path: Path) -> None:
+    held_out = [f"test/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)]
+    root = folder(tmp_path / "photos", [*held_out, "cat/0.png", "dog/0.png"])
+    with pytest.raises(UserError, match=r"photos has test but no train, and cat, dog beside it: move"):
+        HFImages(root)
+    alone = folder(tmp_path / "alone", held_out)
+    assert sum(len(HFImages(alone, split=split)) for split in ("train", "test")) == 6
+
+
 def test_a_missing_path_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "cifar10").mkdir()
     with pytest.raises(UserError, match=r"no file or folder .*cifar1O.* did you mean cifar10\?"):

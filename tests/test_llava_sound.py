@@ -83,6 +83,15 @@ def ears(tokenizer):
     return VisionLanguage(conformer, MLPConnector, decoder, image_token=marker, layer=None)
 
 
+def test_a_clip_without_words_cannot_be_asked_about():
+    class Silent(Whistles):
+        def transcripts(self, rows):
+            return ["" if row == 2 else "low" for row in rows]
+
+    with pytest.raises(UserError, match="clip 2 has neither a transcript nor a class"):
+        words(Silent(), encoder(Whistles()))
+
+
 def test_it_learns_to_say_what_it_hears_and_not_what_it_does_not():
     data = Data(Whistles(), kinds=["said"])
     method = LLaVA(ears(data.tokenizer), train=["vision", "connector", "decoder"]).train()

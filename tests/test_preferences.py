@@ -124,7 +124,19 @@ def test_files_of_pairs(tmp_path):
     source = preferences(tmp_path / "parquet", encode)
     assert source.dialogues[0].messages[0]["content"] == f"{MARKER}\nwhat?" and source.dialogues[2].rejected == "blue"
     assert int(source.read([1]).data.images[0].float().mean()) == 100
+    wrong = [whole[0], other]
+    system = {"role": "system", "content": "be short"}
+    rows = [
+        {"prompt": "what?", "messages": whole, "chosen": whole, "rejected": wrong},
+        {"prompt": "what?", "messages": [system, *whole], "chosen": whole, "rejected": wrong},
+        {"messages": [system, *whole], "chosen": [system, *whole], "rejected": [system, *wrong]},
+    ]
+    (tmp_path / "beside.json").write_text(json.dumps(rows * 10))
+    found = preferences(tmp_path / "beside.json", encode, split="train").dialogues
+    told = {tuple(m["role"] for m in one.messages) for one in found}
+    assert told == {("user", "assistant"), ("system", "user", "assistant")}
     for row, message in (
+        ({"messages": whole, "chosen": "b", "rejected": "c"}, "messages ends with an answer"),
         ({"question": "a", "chosen": "b"}, "no column rejected"),
         ({"question": "a", "chosen": "b", "rejected": "b"}, "the same answer"),
         ({"chosen": whole, "rejected": [{"role": "user", "content": "why?"}, other]}, "but for the last answer"),

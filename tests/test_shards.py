@@ -243,6 +243,13 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monke
     assert elsewhere.file.startswith(str(tmp_path / "indices")) and elsewhere.records().tolist() == first_of(shard)
 
 
+def test_a_tokenizer_is_trained_from_the_index_that_is_named(tmp_path):
+    (tmp_path / "shards").mkdir()
+    pack(tmp_path / "shards", [3])
+    trained(str(tmp_path / "shards"), "character", split=None, index=str(tmp_path / "indices"))
+    assert list((tmp_path / "indices").iterdir()) and not (tmp_path / "shards" / ".index").exists()
+
+
 def first_of(shard):
     return index_of(shard, True).records().tolist()
 

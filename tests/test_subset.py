@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ssl_lab.data import source as module
 from ssl_lab.data.audio_module import AudioModule
 from ssl_lab.data.audio_views import WholeAudio
 from ssl_lab.data.source import Subset, subset
@@ -34,6 +35,13 @@ def test_rows_are_those_of_the_source_and_numbered_anew():
     assert torch.equal(found.targets, whole.targets)
     assert all(torch.equal(a, b) for a, b in zip(found.data, whole.data, strict=True))
     assert torch.equal(subset(source, 5, 0).rows, torch.arange(5)) and len(subset(source, 500, 0)) == 200
+
+
+def test_a_share_of_classes_without_a_label_is_refused(monkeypatch: pytest.MonkeyPatch):
+    source = words()
+    monkeypatch.setattr(module, "_targets", lambda source: torch.full((len(source),), -1))
+    with pytest.raises(UserError, match=r"data\.rows=0\.1 of 0 .* leaves none"):
+        subset(source, 0.1, 0)
 
 
 def test_clips_of_like_length_are_batched_together_from_a_share_too():

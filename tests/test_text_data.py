@@ -219,6 +219,20 @@ def test_labels_that_a_split_or_some_rows_lack(tmp_path):
     assert unlabelled.classes == ["0", "1"] and unlabelled.targets.tolist() == [-1]
 
 
+def test_true_and_false_are_classes(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "label": x}) + "\n" for x in (True, False, None)))
+    found = Sentences(str(path), characters("ab"), split=None)
+    assert found.targets.dtype == torch.int64 and found.targets.tolist() == [1, 0, -1] and found.classes == ["0", "1"]
+
+
+def test_texts_beside_those_that_are_held_out_by_name_are_what_to_train_on(tmp_path):
+    for name, letter in (("mine.txt", "a"), ("more.txt", "b"), ("test.txt", "c")):
+        (tmp_path / name).write_text(letter * 50)
+    assert [set(x) for x in documents(str(tmp_path), "train")] == [{"a"}, {"b"}]
+    assert [set(x) for x in documents(str(tmp_path), "test")] == [{"c"}]
+
+
 def test_names_of_classes_belong_to_their_column(tmp_path):
     kinds = {"kind": ["x", "y", "z"], "label": ["no", "yes"]}
     features = {name: {"_type": "ClassLabel", "names": names} for name, names in kinds.items()}

@@ -79,12 +79,17 @@ def words(
         seed: of the words that are asked for.
 
     Raises:
-        UserError: an unknown kind, or a source without transcripts.
+        UserError: an unknown kind, or a clip without a transcript.
     """
     for kind in kinds:
         if kind not in get_args(Kind):
             raise UserError(f"kinds={kind}: take some of {', '.join(get_args(Kind))}")
     said = _transcripts(source)
+    if (silent := next((row for row, text in enumerate(said) if not text.split()), None)) is not None:
+        raise UserError(
+            f"clip {silent} has neither a transcript nor a class, so nothing can be asked about it: name transcripts, "
+            "sort the clips into folders of classes, or take it out"
+        )
     known = sorted({word for text in said for word in text.split()})
     draws = uniform(fold(seed, 0x4EA2), torch.arange(len(said)), 2).tolist()
     pairs = [_questions(text.split(), kinds, known, u) for text, u in zip(said, draws, strict=True)]

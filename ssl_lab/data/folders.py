@@ -17,14 +17,16 @@ T = TypeVar("T")
 def choose(splits: dict[str, T], wanted: str) -> tuple[T, bool]:
     """What serves as split `wanted`, and whether it is the only one and has to be divided.
 
-    `splits` has keys among train, test, val, valid, validation, dev and "" (no split is named).
+    `splits` has keys among train, test, val, valid, validation, dev and "" (no split is named; where others
+    are named as held out, it is what to train on).
     """
     if wanted not in ("train", *HELD_OUT):
         raise UserError(f"no split {wanted!r}: a local set has train and one of {', '.join(HELD_OUT)}")
     held_out = next((x for x in (wanted, *HELD_OUT) if x != "train" and x in splits), None)
-    if "train" in splits and held_out:
-        return splits["train" if wanted == "train" else held_out], False
-    return splits["train" if "train" in splits else held_out or ""], True
+    train = "train" if "train" in splits else ""
+    if train in splits and held_out:
+        return splits[train if wanted == "train" else held_out], False
+    return splits[train if train in splits or held_out is None else held_out], True
 
 
 def share(keys: list[int], wanted: str) -> list[int]:
@@ -39,9 +41,21 @@ def share(keys: list[int], wanted: str) -> list[int]:
     return [i for i in range(len(keys)) if (i in test) == (wanted != "train")]
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """The sub-folders of `root` that are named as splits, else `root` itself under ""."""
-    return {x.name: x for x in _entries(root) if x.is_dir() and x.name in ("train", *HELD_OUT)} or {"": root}
+def split_folders(root: Path, medium: Medium = IMAGES) -> dict[str, Path]:
+    """The sub-folders of `root` that are named as splits, else `root` itself under "".
+
+    Raises:
+        UserError: something is held out of files that stand in no folder `train`.
+    """
+    found = {x.name: x for x in _entries(root) if x.is_dir() and x.name in ("train", *HELD_OUT)}
+    if found and "train" not in found:
+        held_out, others = next(iter(found)), [x for x in _entries(root) if x.name not in found]
+        if beside := [x.name for x in others if _is_a(x.name, medium) or (x.is_dir() and any(files_below(x, medium)))]:
+            raise UserError(
+                f"{root} has {held_out} but no train, and {', '.join(beside[:4])} beside it: move what is to train on "
+                f"into a folder train (or rename {held_out}, if it is a class)"
+            )
+    return found or {"": root}
 
 
 def class_folders(folder: Path, medium: Medium = IMAGES) -> list[str]:

@@ -24,6 +24,7 @@ def trained(
     *,
     caption_column: str | Sequence[str] | None = None,
     split: str = "train",
+    index: str | None = None,
 ) -> Tokenizer:
     """Train a tokenizer on the captions of `split` at `path`; the same arguments give the same tokenizer.
 
@@ -36,6 +37,7 @@ def trained(
         vocab_size: tokens in all; it does not matter to `character`.
         caption_column: one or several of a table; None = found.
         split: what it is trained on.
+        index: folder of the indices of shards, as of `Shards`.
 
     Raises:
         UserError: no captions, or a vocabulary smaller than the alphabet.
@@ -43,21 +45,23 @@ def trained(
     local = Path(path).expanduser()
     stamp = local.stat().st_mtime_ns if path != SHAPES and local.exists() else 0
     columns = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
-    return _trained(path, kind, vocab_size, columns, split, stamp)
+    return _trained(path, kind, vocab_size, columns, split, index, stamp)
 
 
 @lru_cache(maxsize=4)
-def _trained(path: str, kind: Kind, vocab_size: int, columns: tuple[str, ...], split: str, stamp: int) -> Tokenizer:
+def _trained(
+    path: str, kind: Kind, vocab_size: int, columns: tuple[str, ...], split: str, index: str | None, stamp: int
+) -> Tokenizer:
     # The end is not token 2: with that number transformers' CLIP reads a text at its largest id.
     special = {"character": ["<pad>", END, BEGIN, "<unk>"], "wordpiece": [BEGIN, END]}.get(kind, ["<pad>", END, BEGIN])
-    return Tokenizer(train(_texts(path, columns, split), kind, vocab_size, special, origin=path))
+    return Tokenizer(train(_texts(path, columns, split, index), kind, vocab_size, special, origin=path))
 
 
-def _texts(path: str, columns: tuple[str, ...], split: str) -> Iterable[str]:
+def _texts(path: str, columns: tuple[str, ...], split: str, index: str | None) -> Iterable[str]:
     if path == SHAPES:
         return train_captions(_SCENES)
     if is_sharded(path):
-        return _flat(open_shards(path, split, captions=True))
+        return _flat(open_shards(path, split, captions=True, index=index))
     return _flat(open_pairs(path, split, caption_column=columns))
 
 

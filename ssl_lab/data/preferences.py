@@ -29,8 +29,8 @@ def preferences(
     """Rows with `chosen` and `rejected`, and with `image` or `images` if any; see `conversation_table.conversations`.
 
     What was said before stands in `prompt` or `question` (a text), or in `prompt`, `conversations` or `messages`
-    (turns); an answer is a text or a turn. Without such a column both answers are whole conversations that differ in
-    their last turn.
+    (turns); an answer is a text or a turn. Whole conversations that differ in their last turn bring it themselves:
+    of such a column beside them only a system turn is taken.
 
     Args:
         path: a .json, .jsonl or .parquet file, or a folder of them.
@@ -55,6 +55,11 @@ def preferences(
             _turns(cell(row, name, where, str, list, dict), "assistant", where, encode.marker)
             for name in ("chosen", "rejected")
         )
+        if better[0]["role"] != "assistant":
+            # whole conversations bring their own beginning
+            asked = [x for x in asked if x["role"] == "system" and better[0]["role"] != "system"]
+        if asked and asked[-1]["role"] == "assistant":
+            raise UserError(f"{where}: {before} ends with an answer, and chosen is another one; leave that answer out")
         if better[:-1] != worse[:-1] or better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
             raise UserError(f"{where}: chosen and rejected are one conversation but for the last answer; mend the row")
         if better[-1]["content"] == worse[-1]["content"]:

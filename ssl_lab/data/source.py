@@ -70,7 +70,7 @@ def subset(source: "Source", rows: float, seed: int) -> "Source":
         )
     targets = _targets(source)
     labelled = (targets >= 0).nonzero()[:, 0]
-    if per_class(targets[labelled], rows) < 1:
+    if not len(labelled) or per_class(targets[labelled], rows) < 1:
         raise UserError(
             f"data.rows={rows:g} of {len(labelled):,} {source.unit} leaves none of some of the "
             f"{len(source.classes)} classes: give a larger share"

@@ -95,7 +95,7 @@ def open_table(
 def _folder(root: Path, split: str, medium: Medium) -> Table:
     from datasets import Dataset
 
-    splits = split_folders(root)
+    splits = split_folders(root, medium)
     classes = sorted({name for folder in splits.values() for name in class_folders(folder, medium)})
     folder, divide = choose(splits, split)
     files: list[str] = []

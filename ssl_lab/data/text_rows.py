@@ -154,9 +154,9 @@ def _classes(path: str, values: list[Any], rows: Rows, label: str) -> tuple[Tens
         names = [str(x) for x in range(max(every) + 1)] if names is None else names
         if max(known, default=-1) >= len(names):
             raise UserError(f"{rows.origin} {label} holds class {max(known)}, but only {len(names)} classes are named")
-        number = {x: max(x, -1) for x in known}
+        number = {x: max(int(x), -1) for x in known}
     else:
         raise UserError(
             f"{rows.origin} {label} holds values that are neither texts nor whole numbers: set label_column"
         )
-    return torch.tensor([-1 if x is None else number[x] for x in values]), list(names)
+    return torch.tensor([-1 if x is None else number[x] for x in values], dtype=torch.int64), list(names)
