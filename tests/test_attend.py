@@ -98,7 +98,7 @@ def test_scores_made_some_samples_at_a_time_are_the_same(mask, biased, monkeypat
     bias = torch.randn(1, H, L, L, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if biased else None
     found = []
     for limit in (1 << 24, 1):
-        monkeypatch.setattr(module, "_BYTES", limit)
+        monkeypatch.setattr(module, "AT_A_TIME", limit)
         leaves = [*tensors(kv_heads=2), *([bias.clone().requires_grad_()] if biased else [])]
         out = attend(*leaves[:3], mask, bias=leaves[3] if biased else None, kernel="eager")
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])

@@ -13,14 +13,13 @@ from torch.autograd.function import once_differentiable
 
 from ssl_lab.nn.attend import KernelName, attend
 from ssl_lab.nn.attention import Attention
-from ssl_lab.nn.kernels.products import product
+from ssl_lab.nn.kernels.products import AT_A_TIME, product
 from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.mask import AttnMask
 
 if TYPE_CHECKING:
     from ssl_lab.nn.block import Context
 
-_BYTES = 1 << 24  # of bias and scores in one go on a CPU: tensors of more are returned to the system at every use
 _LINES = 128  # queries whose products with distances are made together, so that they lie in the cache
 
 
@@ -54,9 +53,8 @@ class RelativeAttention(Attention):
         add = torch.cat([self.u.flatten(), self.u.new_zeros(2 * dim)])  # u costs nothing as a bias of the projection
         heads = self._heads(self.qkv.rows(x, add=add))
         more = (self.v - self.u)[:, None]
-        step = (
-            rows if x.device.type != "cpu" else max(1, _BYTES // (2 * self.num_heads * length**2 * far.element_size()))
-        )
+        each = 2 * self.num_heads * length**2 * far.element_size()  # bytes of bias and scores of a sample
+        step = rows if x.device.type != "cpu" else max(1, AT_A_TIME // each)
         out = []
         for start, piece in zip(range(0, rows, step), heads.split(step), strict=True):
             q, k, v = piece.chunk(3, 1)

@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssl_lab.nn.dropout import dropout, kept
-from ssl_lab.nn.kernels.products import product
+from ssl_lab.nn.kernels.products import AT_A_TIME, product
 from ssl_lab.nn.mask import AttnMask
-
-_BYTES = 1 << 24  # of scores on a CPU: larger tensors are returned to the system, and come back page by page
 
 
 def eager(
@@ -49,8 +47,8 @@ def _in_pieces(
     hidden: Tensor | None,
     settings: tuple[float, bool, float, bool],
 ) -> Tensor:
-    """`_Training` on some samples at a time, so that no tensor of scores takes more than `_BYTES`."""
-    rows = max(1, _BYTES // (q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()))
+    """`_Training` on some samples at a time, so that no tensor of scores takes more than `AT_A_TIME`."""
+    rows = max(1, AT_A_TIME // (q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()))
     if rows >= len(q):
         out: Tensor = _Training.apply(q, k, v, bias, hidden, *settings)
         return out

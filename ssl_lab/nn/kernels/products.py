@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_lab.nn import linear
 
+AT_A_TIME = 1 << 24  # bytes of scores on a CPU: larger tensors go back to the system and return page by page
 _SMALLEST = 1 << 20  # multiplications in one product: below, oneDNN's fixed cost is more than it gains
 
 
