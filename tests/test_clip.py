@@ -254,7 +254,17 @@ def test_the_scale_stays_within_bounds(value, kept):
     assert method.logit_scale.item() == pytest.approx(kept)
 
 
+def test_the_scale_of_siglip_has_no_bounds():
+    method = clip(SigLIP)
+    with torch.no_grad():
+        method.logit_scale.fill_(4.7215)  # of a published one
+    method.after_step(0.5)
+    assert method.logit_scale.item() == pytest.approx(4.7215)
+
+
 def test_mistakes_are_one_line_before_training():
+    with pytest.raises(UserError, match=r"keep=0\.05 of 16 patches leaves none"):
+        clip(keep=0.05).step(batch(), 0.5)
     with pytest.raises(UserError, match=r"image 16, text 8.*embed_dim"):
         CLIP(image_tower(16), text_tower(8))
     with pytest.raises(UserError, match="gives 32 numbers, not embed_dim=16"):

@@ -7,11 +7,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ssl_lab.backbones.timm import Timm
+from ssl_lab.backbones.vit import ViT
 from ssl_lab.cli.catalog import conf_folder
 from ssl_lab.cli.compose import build as instantiate
 from ssl_lab.cli.compose import compose
 from ssl_lab.errors import UserError
 from ssl_lab.methods.base import Method
+from ssl_lab.methods.dinov2 import DINOv2
+from ssl_lab.methods.mae import MAE
 from ssl_lab.nn.block import Block
 from ssl_lab.nn.prompt import Prompts
 from ssl_lab.rng import seed_all
@@ -200,6 +204,34 @@ def test_mae_masks_the_image_that_comes():
                 use(Batch(image=other))
     with pytest.raises(UserError, match=r"views@data\.views=crop"):
         method.step(Batch(views=[image]), 0.5)
+
+
+@pytest.mark.parametrize("name", ["mae", "dinov2"])
+def test_what_hides_patches_needs_a_vit(name):
+    with pytest.raises(UserError, match="our ViT alone can"):
+        (MAE if name == "mae" else DINOv2)(Timm("resnet10t"))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.0, 1.5])
+def test_mae_sees_and_hides_some_patches(share):
+    with pytest.raises(UserError, match=rf"mask_ratio={share} of 16 patches"):
+        MAE(ViT(32, 1, 2, image_size=32, patch_size=8), mask_ratio=share)
+
+
+@pytest.mark.parametrize("name", ["moco", "moco_v3", "dino", "dinov2", "ijepa"])
+def test_the_teacher_of_a_frozen_encoder_stays(name):
+    method = build(name)
+    before = [p.clone() for p in method.encoder.parameters()]
+    for part in method.parameters():
+        part.requires_grad_(False)
+    method.after_step(0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, method.encoder.parameters(), strict=True))
+
+
+def test_one_image_has_no_batch_statistics():
+    method, views = build("moco_v3"), [view[:1] for view in batch()["views"]]
+    with pytest.raises(UserError, match=r"data\.batch_size to at least 2"):
+        method.step(Batch(views=views), 0.5)
 
 
 def test_mae_takes_a_prompt():

@@ -146,6 +146,17 @@ def test_padding_of_packed_rows_is_no_token():
         assert torch.equal(*found) and not torch.equal(found[0], layer.aux)
 
 
+def test_the_auxiliary_losses_of_a_batch_are_the_means_of_its_parts():
+    layer = spread(SwitchFFN(D, E, 16, jitter=0.0, z=1.0)).train()
+    parts = []
+    for rows in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        layer(tokens()[rows], Context(mask=AttnMask(valid=VALID[rows])))
+        parts.append(layer.aux)
+    assert gap((parts[0] + parts[1]) / 2, parts[2]) < 1e-12
+    layer(tokens(), Context(mask=AttnMask(valid=torch.zeros(2, L, dtype=torch.bool))))
+    assert layer.aux == 0
+
+
 def test_room_of_an_expert_does_not_depend_on_padding():
     layer = spread(SwitchFFN(D, E, 16, jitter=0.0, capacity=1.25, eval_capacity=1.25)).eval()
     with torch.no_grad():

@@ -224,6 +224,14 @@ def test_translate_ends_where_the_model_ends():
     assert found[:, :7].tolist() == labels.where(labels != -100, 0).tolist() and not found[:, 7:].any()
 
 
+def test_a_batch_without_a_class_teaches_nothing():
+    method = randomise(TextClassification(TextEncoder(VOCAB, 16, 1, 2), 3)).train()
+    step = method.step(Batch(tokens=ids(), target=torch.full((len(ids()),), -1)), 0.0)
+    step.loss.backward()
+    assert step.loss == 0 and step.logs["top1"] == 0
+    assert not any(p.grad.any() for p in method.parameters() if p.grad is not None)
+
+
 # ---- decoders
 
 

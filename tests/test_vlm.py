@@ -11,6 +11,7 @@ from torch import nn
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.hf_lm import HFDecoder
 from ssl_lab.backbones.timm import Timm
+from ssl_lab.backbones.tower import Tower
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.errors import UserError
@@ -24,6 +25,7 @@ from ssl_lab.nn.positions import Learned, Rotary
 from ssl_lab.nn.recipes import llama_block, rms_norm
 from ssl_lab.nn.resampler import Resampler
 from ssl_lab.nn.rope import rope_1d
+from ssl_lab.types import Batch
 from ssl_lab.weights import pair_facts
 from ssl_lab.weights.families import make
 from ssl_lab.weights.rename import rename
@@ -355,6 +357,9 @@ def test_language_models_of_transformers_that_would_be_another_one_here_are_refu
         decoder(torch.ones(1, 10, dtype=torch.int64))
     with pytest.raises(UserError, match=r"method\.layer=1: .* set it to null"):
         CausalLM(decoder, layer=1)
+    batch = Batch(tokens=torch.ones(2, 5, dtype=torch.int64), labels=torch.ones(2, 5, dtype=torch.int64))
+    assert CausalLM(decoder).step(batch, 0.5).loss.isfinite() and CausalLM(decoder).embed(batch).shape == (2, 48)
+    assert Tower(decoder, 8)(batch["tokens"], valid=torch.ones(2, 5, dtype=torch.bool)).shape == (2, 8)
     bloom = transformers.BloomConfig(vocab_size=V, hidden_size=48, n_layer=1, n_head=4)
     transformers.BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
     with pytest.raises(UserError, match="cannot take the place"):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.hf_lm import HFDecoder
 from ssl_lab.types import Batch, Encoded, Pooling
 
 
@@ -18,7 +19,7 @@ def read(network: nn.Module, batch: Batch, *, layers: Sequence[int] = (), tokens
         tokens: False promises that only the class token will be read.
     """
     known = {"valid": batch.get("valid"), "segments": batch.get("segments"), "layers": layers}
-    if isinstance(network, Decoder):
+    if isinstance(network, Decoder | HFDecoder):
         return network(batch["tokens"], **known)
     return network(batch["tokens"], types=batch.get("types"), tokens=tokens, **known)
 
@@ -26,5 +27,5 @@ def read(network: nn.Module, batch: Batch, *, layers: Sequence[int] = (), tokens
 def text_features(network: nn.Module, batch: Batch, how: Pooling | None = None) -> Tensor:
     """(B, D) pooled output; None = the class token of an encoder, the last valid token of a decoder."""
     if how is None:
-        how = "last" if isinstance(network, Decoder) or getattr(network, "causal", False) else "cls"
+        how = "last" if isinstance(network, Decoder | HFDecoder) or getattr(network, "causal", False) else "cls"
     return read(network, batch, tokens=how != "cls").pooled(how)

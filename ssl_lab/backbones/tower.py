@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.backbones.decoder import Decoder
+from ssl_lab.backbones.hf_lm import HFDecoder
 from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.errors import UserError
 from ssl_lab.nn.linear import Linear
@@ -46,7 +47,7 @@ class Tower(nn.Module):
         super().__init__()
         self.backbone, self.embed_dim, self.frozen, self.padding = backbone, embed_dim, frozen, padding
         dim = self.dim = cast(int, backbone.dim)
-        self.causal = isinstance(backbone, Decoder) or bool(getattr(backbone, "causal", False))
+        self.causal = isinstance(backbone, Decoder | HFDecoder) or bool(getattr(backbone, "causal", False))
         self.pool = pooling(dim) if callable(pooling) else None
         self.pooling: Pooling | None = None if callable(pooling) else pooling
         if pooling is None and self.causal:
@@ -105,7 +106,7 @@ class Tower(nn.Module):
             # A causal mask hides the padding, which follows, by itself.
             at = x.new_full((len(x), 1), x.shape[1] - 1) if valid is None else _last(valid)
             return self.backbone(x, valid=None if self.causal else valid, rows=at)
-        if not isinstance(self.backbone, Decoder):
+        if not isinstance(self.backbone, Decoder | HFDecoder):
             options["tokens"] = self.pool is not None or self.pooling in ("mean", "last")
         if valid is None:
             return self.backbone(x, **options)

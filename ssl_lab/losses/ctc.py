@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lab import dist
 from ssl_lab.errors import UserError
-from ssl_lab.losses.lm import IGNORE
+from ssl_lab.losses.lm import IGNORE, mean_over_known
 
 
 def ctc_loss(logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, blank: int = 0) -> tuple[Tensor, Tensor]:
@@ -15,7 +14,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, bla
     Rows without an alignment count for nothing; where no row has one, the loss is 0 and so are its gradients.
     """
     nll, fits = ctc_nll(logits, labels, valid, blank=blank)
-    return per_token(nll, labels.masked_fill(~fits[:, None], IGNORE)), (~fits).float().mean()
+    return mean_over_known(nll, labels.masked_fill(~fits[:, None], IGNORE)), (~fits).float().mean()
 
 
 def ctc_nll(logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, blank: int = 0) -> tuple[Tensor, Tensor]:
@@ -65,16 +64,6 @@ def share_spoken(logits: Tensor, valid: Tensor | None = None, *, blank: int = 0)
     said = logits.detach().argmax(-1) != blank
     real = torch.ones_like(said) if valid is None else valid
     return (said & real).sum() / real.sum().clamp(min=1)
-
-
-def per_token(nll: Tensor, labels: Tensor) -> Tensor:
-    """Sum of `nll` (B,) over the number of tokens among `labels` (B, L) of all ranks; 0 where there are none.
-
-    Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those of
-    one process. Accumulated micro-batches divide each by its own number.
-    """
-    count = dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
-    return nll.sum() / count.where(count > 0, 1.0)
 
 
 def packed(labels: Tensor) -> Tensor:

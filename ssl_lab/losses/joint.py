@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
-from ssl_lab.losses.ctc import packed, per_token
-from ssl_lab.losses.lm import IGNORE
+from ssl_lab.losses.ctc import packed
+from ssl_lab.losses.lm import IGNORE, mean_over_known
 from ssl_lab.losses.transducer import Lattice, lengths_of, require_fit
 
 _NUMBERS = 1 << 22  # of a piece
@@ -33,7 +33,7 @@ def joint_loss(
 ) -> tuple[Tensor, Tensor]:
     """Nats per token of the transcripts of all ranks, and the share of rows without frames; see `joint_nll`."""
     nll, fits = joint_nll(heard, said, weight, bias, labels, valid, blank=blank)
-    return per_token(nll, labels.masked_fill(~fits[:, None], IGNORE)), (~fits).float().mean()
+    return mean_over_known(nll, labels.masked_fill(~fits[:, None], IGNORE)), (~fits).float().mean()
 
 
 def joint_nll(

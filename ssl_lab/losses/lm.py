@@ -76,23 +76,35 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing
     return found.new_zeros(labels.shape).masked_scatter(scored, found)
 
 
-def mean_over_tokens(nll: Tensor, labels: Tensor) -> Tensor:
-    """Mean of `nll`, of any shape, over the scored ones among `labels` (B, L) or (B,) of all ranks.
+def mean_over_known(nll: Tensor, labels: Tensor) -> Tensor:
+    """Sum of `nll`, of any shape, over the number of scored ones among `labels` (B, L) or (B,) of all ranks, if any.
 
     Ranks hold different numbers of them: every rank divides by the mean number, so that averaged gradients are those
     of one process. Accumulated micro-batches divide each by its own number.
+    """
+    count = _known(nll, labels)
+    return nll.sum() / count.where(count > 0, 1.0)
+
+
+def mean_over_tokens(nll: Tensor, labels: Tensor) -> Tensor:
+    """As `mean_over_known`, where a batch without any scored token is a mistake in the data.
 
     Raises:
         UserError: no token is scored.
     """
-    count = dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
+    count = _known(nll, labels)
     if float(count) == 0:
         raise UserError("no token of this batch is scored: all labels are -100; check the data and its views")
     return nll.sum() / count
+
+
+def _known(nll: Tensor, labels: Tensor) -> Tensor:
+    return dist.all_reduce_mean((labels != IGNORE).sum().to(nll.dtype))
 
 
 @torch.no_grad()
 def top1(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Share of the scored tokens that are the most likely ones."""
     scored = labels != IGNORE
-    return (linear(hidden[scored], weight).argmax(-1) == labels[scored]).float().mean()
+    right = linear(hidden[scored], weight).argmax(-1) == labels[scored]
+    return right.sum() / max(1, len(right))

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ssl_lab.backbones.hear import SpeechEncoder, hear
 from ssl_lab.errors import UserError
-from ssl_lab.losses.lm import IGNORE, mean_over_tokens, nll
+from ssl_lab.losses.lm import IGNORE, mean_over_known, nll
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.dropout import dropout
 from ssl_lab.nn.linear import Linear
@@ -54,8 +54,8 @@ class AudioClassification(Method):
         logits, target = self._scores(hear(self.encoder, batch, self.augment)), batch["target"]
         known = target >= 0
         labels = target.where(known, IGNORE)  # clips without a class are left out
-        loss = mean_over_tokens(nll(logits, labels, label_smoothing=self.label_smoothing), labels)
-        return Step(loss, {"top1": (logits.argmax(-1) == target)[known].float().mean()})
+        loss = mean_over_known(nll(logits, labels, label_smoothing=self.label_smoothing), labels)
+        return Step(loss, {"top1": (logits.argmax(-1) == target).sum() / known.sum().clamp(min=1)})
 
     def classify(self, batch: Batch) -> Tensor:
         """(B, num_classes) logits."""

@@ -62,7 +62,7 @@ class CLIP(Method):
 
     small_steps = "logit_scale"
     first_scale = math.log(1 / 0.07)
-    largest_scale = math.log(100.0)
+    scale_range = (0.0, math.log(100.0))
 
     def __init__(
         self,
@@ -116,8 +116,8 @@ class CLIP(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """The scale stays within [1, 100]."""
-        self.logit_scale.clamp_(0, self.largest_scale)
+        """The logarithm of the scale stays within `scale_range`: the scale of CLIP within [1, 100]."""
+        self.logit_scale.clamp_(*self.scale_range)
 
     def project(self, name: str, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """(B, E) of a tower, not normalised; `keep` (B, K) are the only patches seen."""
@@ -168,4 +168,7 @@ class CLIP(Method):
         """(B, K) random patches to keep."""
         vit = cast(ViT, self.encoder)
         count = math.prod(side // vit.patch_embed.patch_size for side in image.shape[2:])
-        return random_mask(torch.rand(len(image), count, device=image.device), 1 - self.keep)[0]
+        kept = random_mask(torch.rand(len(image), count, device=image.device), 1 - self.keep)[0]
+        if not kept.shape[1]:
+            raise UserError(f"keep={self.keep} of {count} patches leaves none: set a larger method.keep, such as 0.5")
+        return kept

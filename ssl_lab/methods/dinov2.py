@@ -62,6 +62,8 @@ class DINOv2(Method):
         freeze_prototypes: float = 0.01,
     ) -> None:
         super().__init__()
+        if not isinstance(encoder, ViT):
+            raise UserError("DINOv2 hides patches, which our ViT alone can: choose backbone=vit_b16 or so")
         if encoder.cls_token is None:
             raise UserError("DINOv2 compares class tokens: set method.encoder.cls_token=true")
         self.student, self.student_head = encoder, head(encoder.dim)

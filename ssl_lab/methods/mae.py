@@ -1,6 +1,7 @@
 """Masked autoencoder (He et al., 2021, arXiv:2111.06377)."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -95,10 +96,15 @@ class MAE(Method):
         pooling: Pooling = "mean",
     ) -> None:
         super().__init__()
+        if not isinstance(encoder, ViT):
+            raise UserError("MAE encodes some of the patches, which our ViT alone can: choose backbone=vit_b16 or so")
         if encoder.num_prefix != 1:
             raise UserError(
                 "MAE needs an encoder with a class token and no registers: leave method.encoder.num_registers at 0"
             )
+        patches = math.prod(encoder.grid)
+        if not 0 < int(patches * (1 - mask_ratio)) < patches:
+            raise UserError(f"mask_ratio={mask_ratio} of {patches} patches leaves none to see or to predict: try 0.75")
         self.encoder = encoder
         self.mask_ratio, self.norm_pix, self.pooling = mask_ratio, norm_pix, pooling
         self.patch_size = encoder.patch_embed.patch_size

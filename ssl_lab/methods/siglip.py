@@ -56,6 +56,7 @@ class SigLIP(CLIP):
     """
 
     first_scale = math.log(10.0)
+    scale_range = (-math.inf, math.inf)
     first_bias = -10.0
 
     def __init__(

@@ -6,7 +6,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.read import text_features
 from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.errors import UserError
-from ssl_lab.losses.lm import IGNORE, mean_over_tokens, nll
+from ssl_lab.losses.lm import IGNORE, mean_over_known, nll
 from ssl_lab.methods.base import Method
 from ssl_lab.nn.heads import PoolerHead
 from ssl_lab.types import Batch, Pooling, Step
@@ -52,8 +52,8 @@ class TextClassification(Method):
         logits, target = self.classify(batch), batch["target"]
         known = target >= 0
         labels = target.where(known, IGNORE)  # rows without a class are left out
-        loss = mean_over_tokens(nll(logits, labels, label_smoothing=self.label_smoothing), labels)
-        return Step(loss, {"top1": (logits.argmax(-1) == target)[known].float().mean()})
+        loss = mean_over_known(nll(logits, labels, label_smoothing=self.label_smoothing), labels)
+        return Step(loss, {"top1": (logits.argmax(-1) == target).sum() / known.sum().clamp(min=1)})
 
     def classify(self, batch: Batch) -> Tensor:
         """(B, num_classes) logits."""

@@ -23,8 +23,8 @@ class SwitchFFN(Mixture):
     """Each token goes to its most likely expert; what comes first fills it, the rest gives 0, (B, L, D) -> (B, L, D).
 
     The auxiliary loss is balance * E * sum_e f_e P_e (equations 4 to 6; f = share of tokens, P = mean probability, per
-    sequence) plus z * mean(logsumexp(logits)^2) (ST-MoE, arXiv:2202.08906). Capacity counts per sequence, so a sample
-    does not depend on the others of its batch; padding is left out.
+    sequence) plus z * mean(logsumexp(logits)^2) (ST-MoE, arXiv:2202.08906), per sequence too. Capacity counts per
+    sequence, so a sample does not depend on the others of its batch; padding is left out.
 
     Args:
         dim: width D.
@@ -88,9 +88,7 @@ class SwitchFFN(Mixture):
     def _losses(self, logits: Tensor, probabilities: Tensor, assigned: Tensor, valid: Tensor | None) -> Tensor:
         share, mean = sequence_mean(assigned.to(logits.dtype), valid), sequence_mean(probabilities, valid)
         uneven = self.num_experts * (share * mean).sum(-1).mean()
-        squares = logits.logsumexp(-1).square()
-        if valid is not None:
-            squares = squares[valid]
+        squares = sequence_mean(logits.logsumexp(-1, keepdim=True).square(), valid)  # the same on any number of ranks
         return self.balance * uneven + self.z * squares.mean()
 
 

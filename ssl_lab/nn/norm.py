@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ssl_lab import dist
+from ssl_lab.errors import UserError
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -18,6 +19,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or dist.world_size() == 1:
+            if self.training and len(input) < 2:
+                raise UserError("batch norm of one sample has no statistics: set data.batch_size to at least 2")
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         count = dist.all_reduce_sum(x.new_tensor(float(len(x)))).clamp(

@@ -31,6 +31,8 @@ def follow_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     DINO (arXiv:2104.14294), MoCo (arXiv:1911.05722, eq. 2) and I-JEPA (arXiv:2301.08243) average in this way.
     """
     pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad]
+    if not pairs:
+        return  # of a frozen network
     mine: list[Tensor] = [local(t) for t, _ in pairs]
     theirs: list[Tensor] = [local(s.detach()) for _, s in pairs]
     torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
