@@ -20,10 +20,11 @@ from ssl_lab.data.conversation_table import conversations
 from ssl_lab.data.conversation_views import ConversationViews
 from ssl_lab.data.module import DataModule
 from ssl_lab.data.shapes import Shapes
+from ssl_lab.data.source import subset
 from ssl_lab.data.views import Resize
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round
-from ssl_lab.evals.vqa import VQA, Looks, balance, different, normalized, score, usual
+from ssl_lab.evals.vqa import VQA, Asks, Looks, balance, different, normalized, score, usual
 from ssl_lab.methods.llava import LLaVA, load
 from ssl_lab.nn.adapters import Adapters
 from ssl_lab.nn.connectors import LinearConnector
@@ -278,6 +279,17 @@ def test_questions_are_evaluated_beside_what_no_image_tells():
     nats = method.nll(given)[seen].sum() / (given["labels"][seen] != -100).sum()
     assert looks["right"] == pytest.approx(nats.item(), rel=1e-5)
     assert looks["gain"] == pytest.approx(looks["shuffled"] - looks["right"]) and looks["none"] != looks["right"]
+
+
+def test_baselines_know_the_rows_of_training_alone():
+    data, whole = Data(), several(encoder())
+    data.train = subset(whole, 2, 0)
+    round = Round(speaking(data), data)
+    known = {whole.question(row)[0] for row in range(2)}
+    assert isinstance(data.train, Asks) and data.train.question(1) == whole.question(1)
+    assert set(usual(data.train)[1]) == known != set(usual(whole)[1])
+    assert VQA(max_tokens=3).run(round)["question_only"] < 100  # with the test answers it would be all of them
+    assert not isinstance(subset(Shapes("train", 4), 2, 0), Asks)
 
 
 def test_another_picture_is_never_the_same_one():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,8 @@ class Samples:
 class Subset:
     """Some rows of a source, which are numbered anew: to overfit on, or to train with few labels.
 
+    Where the source has an encoder of texts, or a question for each row, so has this.
+
     Args:
         source: of all rows.
         rows: (M,) int64, the rows to keep.
@@ -40,6 +43,11 @@ class Subset:
         self.source, self.rows = source, rows
         self.classes, self.unit = source.classes, source.unit
         self.tokenizer = getattr(source, "tokenizer", None)
+        whole: Any = source
+        if hasattr(whole, "encode"):
+            self.encode = whole.encode
+        if hasattr(whole, "question"):  # no method: a source that asks nothing must not look as if it did
+            self.question = partial(_question, whole, rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,6 +61,10 @@ class Subset:
         """The same, but images are not read once their reader knows them, where the whole source can leave them out."""
         whole: Any = self.source
         return Subset(whole.without(known), self.rows) if hasattr(whole, "without") else self
+
+
+def _question(whole: Any, rows: Tensor, row: int) -> Any:
+    return whole.question(int(rows[row]))
 
 
 def subset(source: "Source", rows: float, seed: int) -> "Source":
