@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from vectors import FakeData, Method, clusters, run
 
+from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Round, Skip
 from ssl_lab.evals.finetune import Finetune
@@ -60,3 +62,19 @@ def test_a_mean_over_labels_is_what_torch_takes():
     for each in (data, hidden):  # all classes are as likely, so the mean is ln 4 however many are labelled
         values = run(Finetune(optim, steps=8, label_smoothing=0.0), each, Method())
         assert values["train/loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_a_run_in_any_precision_is_tuned_in_float32_at_least(precision):
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    torch.manual_seed(0)
+    method = Method()
+    method.encoder = ViT(image_size=8, patch_size=4, dim=32, depth=1, num_heads=2)
+    method = fabric.setup_module(method).module
+    before = next(method.parameters()).clone()
+    x, y = clusters(dim=3 * 8 * 8)[0]
+    split = (5 * x.view(-1, 3, 8, 8), y)
+    evaluator = Finetune(Optim(lr=1e-2), steps=30)
+    values = run(evaluator, FakeData(split, split), method, precision=fabric.autocast)
+    assert values["top1"] > 90 and values["train/loss"] < 1.0
+    assert torch.equal(next(method.parameters()), before) and torch.get_default_dtype() == torch.float32

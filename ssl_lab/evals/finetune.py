@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -50,7 +51,8 @@ class Classifier(nn.Module):
 class Finetune(Common):
     """Train a copy of `method.encoder` (or `decoder`) and a linear head on the augmented, labelled training stream.
 
-    The method itself is left as it is. For mixup and longer recipes train the `supervised` method instead.
+    The method itself is left as it is. A copy of weights in 16 bits is in float32 and trained under autocast, since 16
+    bits would round its steps away. For mixup and longer recipes train the `supervised` method instead.
 
     Args:
         optim: recipe; `layer_decay` is usual (BEiT, arXiv:2106.08254; MAE, arXiv:2111.06377).
@@ -93,10 +95,15 @@ class Finetune(Common):
             raise Skip(f"{type(round.method).__name__} has no encoder to train")
         if not classes:
             raise Skip("the data have no classes")
-        model = Classifier(ordinary_(copy.deepcopy(encoder)), encoder.dim, classes, self.pooling).to(round.device)  # type: ignore[arg-type]
-        losses = self._train(model, round)
+        model = Classifier(ordinary_(copy.deepcopy(encoder)), encoder.dim, classes, self.pooling)  # type: ignore[arg-type]
+        half = round.dtype if round.dtype in (torch.bfloat16, torch.float16) else None
+        model.to(round.device, round.dtype if half is None else torch.float32)
+        precision = round.precision if half is None else partial(torch.autocast, round.device.type, half)
+        own = Round(model, round.data, precision, round.watch)
+        own.samples = round.samples
+        losses = self._train(model, own)
         model.eval()
-        test = round.extract(model, "test", self.limit)
+        test = own.extract(model, "test", self.limit)
         test = round.only_labelled(test, "test")
         return accuracy(test.x, test.y) | {"train/loss": sum(losses) / len(losses)}
 
@@ -144,7 +151,7 @@ def endless(round: Round) -> Iterator[Batch]:
         empty = True
         for batch in round.data.train_dataloader(first=0):
             empty = False
-            yield round.data.on_after_batch_transfer(moved(batch, round.device), 0)
+            yield round.data.on_after_batch_transfer(moved(batch, round.device, round.dtype), 0)
     raise UserError("the training stream is empty: nothing to fine-tune on; check data")
 
 
