@@ -75,6 +75,17 @@ def test_bits_per_byte_of_lone_bytes(kind):
         assert found["bits_per_byte"] == pytest.approx(3 * count / size)
 
 
+def test_packed_rows_are_refused_by_every_evaluator_in_one_line():
+    class Packed(Data):
+        def eval_loader(self, split, limit=None):
+            for batch in super().eval_loader(split, limit):
+                yield {**batch, "segments": batch["tokens"], "index": torch.arange(2 * len(batch["tokens"]))}
+
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"set data.eval_views.pack=null"):
+        values(Perplexity(), Surprised(), Packed({"tokens": tokens, "labels": tokens}))
+
+
 # ---- accuracy and F1
 
 

@@ -171,12 +171,15 @@ class Round:
         """Run `forward` (batch -> (B, D)) over a split without gradient; not cached.
 
         Raises:
-            UserError: the split is empty, or a feature is not finite.
+            UserError: the split is empty, its rows are packed, or a feature is not finite.
         """
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         done = 0
         with torch.no_grad():
             for batch in self.data.eval_loader(split, limit):
+                # conversations are packed in another order, even where each has a row of its own
+                if "segments" in batch and ("image_rows" in batch or len(batch["segments"]) != len(batch["index"])):
+                    raise UserError("evaluation goes row by row: set data.eval_views.pack=null")
                 with self.precision():
                     x = forward(moved(batch, self.device, self.dtype))
                 parts.append((x.float().cpu(), batch["target"].cpu(), batch["index"].cpu()))
