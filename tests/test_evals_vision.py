@@ -11,6 +11,7 @@ from ssl_lab.evals.base import Common
 from ssl_lab.evals.collapse import Collapse
 from ssl_lab.evals.crop_scale import CropScale, centre
 from ssl_lab.evals.knn import KNN
+from ssl_lab.evals.linear import Linear
 from ssl_lab.evals.low_shot import LowShot
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.retrieval import Retrieval, ordered, ranking
@@ -95,6 +96,22 @@ def test_unreasonable_settings_are_named():
         LowShot(folds=1)
     with pytest.raises(UserError, match=r"crop_scale.scales"):
         CropScale(scales=(0.5, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((kind, "k", value) for kind in (KNN, CropScale, LowShot) for value in (0, -1)),
+        *((kind, "temperature", 0.0) for kind in (KNN, CropScale, LowShot)),
+        *((kind, name, value) for kind in (Linear, LowShot) for name, value in (("rates", ()), ("batch_size", 0))),
+        *((Linear, name, value) for name, value in (("passes", 0), ("held_out", 0.0), ("held_out", 1.5))),
+        (LowShot, "steps", 0),
+        *((Retrieval, name, value) for name, value in (("at", (0,)), ("max_queries", 0), ("bank", "val"))),
+    ],
+)
+def test_numbers_that_would_measure_nothing_are_refused(kind, name, value):
+    with pytest.raises(UserError, match=rf"^[a-z_]+\.{name}="):
+        kind(**{name: value})
 
 
 # ---- retrieval

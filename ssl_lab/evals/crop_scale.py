@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy
 from ssl_lab.evals.features import num_classes
-from ssl_lab.evals.knn import knn_votes
+from ssl_lab.evals.knn import knn_votes, require_vote
 from ssl_lab.types import Batch, Embeds
 
 
@@ -36,6 +36,7 @@ class CropScale(Common):
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise UserError(f"crop_scale.scales={list(self.scales)}: give shares of the area in (0, 1]")
+        require_vote("crop_scale", self.k, self.temperature)
 
     @property
     def protocol(self) -> dict[str, Any]:

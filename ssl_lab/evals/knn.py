@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, accuracy
 from ssl_lab.evals.features import num_classes
 from ssl_lab.types import Embeds
@@ -29,6 +30,9 @@ class KNN(Common):
     temperature: float = 0.07
     needs: ClassVar[type] = Embeds
 
+    def __post_init__(self) -> None:
+        require_vote("knn", self.k, self.temperature)
+
     @property
     def protocol(self) -> dict[str, Any]:
         """Settings that the values depend on."""
@@ -39,6 +43,14 @@ class KNN(Common):
         bank, test = round.labelled("train", self.limit), round.labelled("test", self.limit)
         votes = knn_votes(bank.x, bank.y, test.x, num_classes(bank, test), self.k, self.temperature)
         return accuracy(votes, test.y)
+
+
+def require_vote(name: str, k: int, temperature: float) -> None:
+    """Raise a `UserError` that names evaluator `name` where nobody votes, or votes have no weight."""
+    if k < 1:
+        raise UserError(f"{name}.k={k}: at least 1 neighbour votes")
+    if not temperature > 0:
+        raise UserError(f"{name}.temperature={temperature:g}: give a number above 0, such as 0.07")
 
 
 def knn_votes(bank: Tensor, y: Tensor, queries: Tensor, classes: int, k: int, temperature: float) -> Tensor:

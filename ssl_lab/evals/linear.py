@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy
 from ssl_lab.evals.features import num_classes
 from ssl_lab.schedules import Cosine
@@ -41,6 +42,13 @@ class Linear(Common):
     held_out: float = 0.1
     seed: int = 0
     needs: ClassVar[type] = Embeds
+
+    def __post_init__(self) -> None:
+        require_fit("linear", self.rates, self.batch_size)
+        if self.passes < 1:
+            raise UserError(f"linear.passes={self.passes}: at least 1 pass trains the heads")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"linear.held_out={self.held_out:g}: give a share of the training rows between 0 and 1")
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -90,6 +98,14 @@ class Heads:
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) -> logits (R, N, C)."""
         return x @ self.weight + self.bias[:, None]
+
+
+def require_fit(name: str, rates: Sequence[float], batch_size: int) -> None:
+    """Raise a `UserError` that names evaluator `name` where `fit` has nothing to choose from or to train on."""
+    if not rates or not all(rate > 0 for rate in rates):
+        raise UserError(f"{name}.rates={list(rates)}: give learning rates above 0")
+    if batch_size < 1:
+        raise UserError(f"{name}.batch_size={batch_size}: a step takes at least 1 row")
 
 
 def fit(

@@ -11,8 +11,8 @@ from torch import Tensor
 from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, accuracy
 from ssl_lab.evals.features import num_classes
-from ssl_lab.evals.knn import knn_votes
-from ssl_lab.evals.linear import Heads, fit, scaling
+from ssl_lab.evals.knn import knn_votes, require_vote
+from ssl_lab.evals.linear import Heads, fit, require_fit, scaling
 from ssl_lab.subsets import balanced, per_class, ranks
 from ssl_lab.types import Embeds
 
@@ -55,6 +55,10 @@ class LowShot(Common):
             raise UserError(f"low_shot.fractions={list(self.fractions)}: give shares of the training rows in (0, 1]")
         if self.folds < 2:
             raise UserError(f"low_shot.folds={self.folds}: cross-validation needs at least 2")
+        if self.steps < 1:
+            raise UserError(f"low_shot.steps={self.steps}: at least 1 step trains the heads")
+        require_fit("low_shot", self.rates, self.batch_size)
+        require_vote("low_shot", self.k, self.temperature)
 
     @property
     def protocol(self) -> dict[str, Any]:

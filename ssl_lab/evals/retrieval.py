@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_lab.errors import UserError
 from ssl_lab.evals.base import Common, Round, Skip, Split
 from ssl_lab.types import Embeds
 
@@ -29,6 +30,14 @@ class Retrieval(Common):
     at: Sequence[int] = (1, 5, 10)
     max_queries: int = 10_000
     needs: ClassVar[type] = Embeds
+
+    def __post_init__(self) -> None:
+        if self.bank not in ("train", "test"):
+            raise UserError(f"retrieval.bank={self.bank}: there are train and test")
+        if not all(k >= 1 for k in self.at):
+            raise UserError(f"retrieval.at={list(self.at)}: recall looks at the first 1 or more")
+        if self.max_queries < 1:
+            raise UserError(f"retrieval.max_queries={self.max_queries}: at least 1 row asks")
 
     @property
     def protocol(self) -> dict[str, Any]:
