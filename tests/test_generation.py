@@ -27,7 +27,8 @@ from ssl_lab.generation.prompts import chat, few_shot
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import Cached, stepper
 from ssl_lab.generation.words import Words
-from ssl_lab.nn.positions import ALiBi, Relative
+from ssl_lab.nn.positions import ALiBi, Learned, Relative
+from ssl_lab.nn.prompt import Prompts
 from ssl_lab.nn.recipes import gpt_block, llama_block, mla_block
 
 transformers = pytest.importorskip("transformers")
@@ -184,6 +185,19 @@ def test_mistakes_are_told_before_any_work(rows, new, message):
 def test_the_whole_context_can_be_filled():
     _, ours = pair("gpt2")
     assert generate(ours, [[3] * 60], max_new_tokens=4).shape == (1, 4)
+
+
+def test_a_learned_prompt_counts_as_context_before_the_first_token():
+    decoder = Decoder(50, 32, 2, 4, max_length=24)
+    Prompts(length=8).change(decoder, "decoder")
+    with pytest.raises(UserError, match="context of 16: at most max_new_tokens=12"):
+        stream(decoder, [[1, 2, 3, 4]], max_new_tokens=20)
+    assert generate(decoder, [[1, 2, 3, 4]], max_new_tokens=12).shape == (1, 12)
+    both = EncoderDecoder(50, 32, 2, 4, max_length=24, positions=Learned)
+    Prompts(length=8).change(both, "model")
+    with pytest.raises(UserError, match="the source has 17 tokens, the model's context holds 16"):
+        stream(both, [[1] * 17], max_new_tokens=2)
+    assert generate(both, [[1] * 16], max_new_tokens=2).shape == (1, 2)
 
 
 # ---- scores of the next token

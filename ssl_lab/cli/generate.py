@@ -20,6 +20,7 @@ from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.tokenizer import Tokenizer
 from ssl_lab.errors import UserError
+from ssl_lab.generation.batch import room_of
 from ssl_lab.generation.beam import Beam, beam_search
 from ssl_lab.generation.generate import stream
 from ssl_lab.generation.processors import Below
@@ -95,7 +96,7 @@ def _tokens(cfg: DictConfig, speaker: Speaker, ids: list[int], sampling: Samplin
         "start": speaker.start,
     }
     if cfg.max_new_tokens is None and isinstance(model, Decoder):
-        common["max_new_tokens"] = max(1, min(DEFAULT_NEW, model.positions.max_length - len(ids)))
+        common["max_new_tokens"] = max(1, min(DEFAULT_NEW, room_of(model) - len(ids)))
     if cfg.num_beams > 1:
         found = beam_search(model, [ids], beam=Beam(cfg.num_beams, cfg.length_penalty), **common)
         return _until(iter(found.tokens[0, 0]), end)

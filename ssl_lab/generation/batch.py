@@ -1,6 +1,8 @@
 """Prompts of different lengths as one batch, and what must hold before a model is asked to go on with them."""
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,13 @@ def pad_sound(clips: Prompts, device: torch.device | str = "cpu") -> tuple[Tenso
     valid = torch.arange(int(lengths.max())) < lengths[:, None]
     audio = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return audio.to(device), None if bool(valid.all()) else valid.to(device)
+
+
+def room_of(model: Any) -> int:
+    """Tokens that a decoder's context holds beside a learned prompt; of an encoder and decoder the source's."""
+    holder = getattr(model, "source_positions", getattr(model, "positions", model))
+    context, prompt = getattr(holder, "max_length", None), getattr(model, "prompt", None)
+    return (sys.maxsize if context is None else int(context)) - (0 if prompt is None else len(prompt))
 
 
 def check(tokens: Tensor, new: int, vocab_size: int, room: int) -> None:

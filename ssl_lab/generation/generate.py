@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.errors import UserError
-from ssl_lab.generation.batch import Prompts, check, pad_left, pad_right, pad_sound
+from ssl_lab.generation.batch import Prompts, check, pad_left, pad_right, pad_sound, room_of
 from ssl_lab.generation.processors import PADDING, LogitsProcessor
 from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.steppers import LanguageModel, Stepper, stepper
@@ -108,18 +108,15 @@ def prepare(
     if isinstance(model, EncoderDecoder):
         tokens, valid = pad_right(prompts, pad, device)
         length, room = tokens.shape[1], model.target_positions.max_length
-        if length > model.source_positions.max_length:
-            raise UserError(
-                f"the source has {length} tokens, the model's context holds {model.source_positions.max_length}: "
-                "shorten it"
-            )
+        if length > (most := room_of(model)):
+            raise UserError(f"the source has {length} tokens, the model's context holds {most}: shorten it")
         new = min(length + BEYOND_SOURCE, room - 1) if max_new_tokens is None else max_new_tokens
         check(tokens[:, :1], new, model.vocab_size, room)
         return tokens, valid, new
     if max_new_tokens is None:
         raise UserError("max_new_tokens is not given: say how many tokens a decoder may add")
     tokens, valid = pad_left(prompts, pad, device)
-    check(tokens, max_new_tokens, model.vocab_size, model.positions.max_length)
+    check(tokens, max_new_tokens, model.vocab_size, room_of(model))
     return tokens, valid, max_new_tokens
 
 

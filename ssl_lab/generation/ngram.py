@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.errors import UserError
+from ssl_lab.generation.batch import room_of
 from ssl_lab.generation.words import Decodes
 
 _UNKNOWN = ("<unk>", "<UNK>", "[UNK]")
@@ -144,7 +145,7 @@ class DecoderScore:
 
     def __init__(self, decoder: Decoder, begin: Sequence[int] = (), most: int = 128) -> None:
         self.decoder, self.begin = decoder.eval(), list(begin)
-        self.most = min(most, decoder.positions.max_length)
+        self.most = min(most, room_of(decoder))
 
     @torch.inference_mode()
     def __call__(self, prefix: tuple[int, ...]) -> Tensor:

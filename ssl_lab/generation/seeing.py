@@ -1,6 +1,5 @@
 """Text of a model that sees: images are encoded once, prompts with markers go in as they are embedded."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.flamingo import GatedVisionLanguage
 from ssl_lab.backbones.vlm import VisionLanguage
 from ssl_lab.errors import UserError
-from ssl_lab.generation.batch import Prompts, pad_left
+from ssl_lab.generation.batch import Prompts, pad_left, room_of
 from ssl_lab.generation.generate import GREEDY, continued
 from ssl_lab.generation.looking import Looking
 from ssl_lab.generation.processors import PADDING
@@ -90,10 +89,7 @@ def stream_seen(
 
 def _room(model: VisionLanguage, tokens: Tensor, valid: Tensor | None, visual: Tensor | None) -> int:
     """Tokens that the context holds behind the longest of the prompts (B, L) and its images."""
-    decoder: Any = model.decoder
-    context = getattr(getattr(decoder, "positions", decoder), "max_length", None)
-    if context is None:
-        return sys.maxsize
+    context = room_of(model.decoder)
     beside = 0 if visual is None or isinstance(model, GatedVisionLanguage) else visual.shape[1] - 1
     marked = tokens == model.image_token
     real = torch.ones_like(marked) if valid is None else valid
@@ -103,4 +99,4 @@ def _room(model: VisionLanguage, tokens: Tensor, valid: Tensor | None, visual: T
             f"a prompt of {length} tokens with its images leaves no room in the model's context of {context}: shorten "
             "it, or pool the images"
         )
-    return int(context) - length
+    return context - length
