@@ -16,11 +16,13 @@ from ssl_lab.backbones.text import TextEncoder
 from ssl_lab.backbones.timm import Timm
 from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
+from ssl_lab.generation.generate import generate
 from ssl_lab.nn.adapters import Adapters
 from ssl_lab.nn.cache import KVCache
 from ssl_lab.nn.lora import LoRA, LoRALinear, fuse_, merge_, unmerge_
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.positions import ALiBi, Positions, Relative, Rotary, Sinusoidal
 from ssl_lab.nn.prefix import Prefixes
 from ssl_lab.nn.prompt import Prompts
 from ssl_lab.nn.recipes import llama_block, t5_block
@@ -194,6 +196,31 @@ def test_decoding_with_a_cache_packing_and_padding_change_nothing(kind):
     segments = torch.arange(2).repeat_interleave(9)[None]
     found = decoder(packed, segments=segments).tokens.unflatten(1, (2, 9))[0]
     torch.testing.assert_close(found, whole[:2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [Rotary, Sinusoidal, ALiBi, Positions, functools.partial(Relative, bidirectional=False)],
+)
+def test_full_rows_have_room_beside_a_prompt_where_positions_are_computed(positions):
+    torch.manual_seed(0)
+    decoder = Decoder(50, 32, 2, 4, max_length=9, positions=positions).double().eval()
+    wider = Decoder(50, 32, 2, 4, max_length=12, positions=positions).double().eval()
+    wider.load_state_dict(decoder.state_dict())
+    Prompts(length=3).change(decoder, "decoder")
+    wider.prompt = decoder.prompt
+    assert torch.equal(decoder(WORDS).tokens, wider(WORDS).tokens)
+    assert generate(decoder, WORDS[:, :5], max_new_tokens=4).shape == (3, 4)
+    with pytest.raises(UserError, match="context of 9: at most max_new_tokens=4"):
+        generate(decoder, WORDS[:, :5], max_new_tokens=5)
+
+
+def test_a_learned_table_says_what_makes_room_for_a_prompt():
+    for network in (Decoder(50, 32, 2, 4, max_length=9), TextEncoder(50, 32, 2, 4, max_length=9)):
+        Prompts(length=3).change(network, "network")
+        assert network(WORDS[:, :6]).tokens.shape == (3, 6, 32)
+        with pytest.raises(UserError, match=r"9 tokens and 3 of tuning=prompt .*.*max_length to 12, .* at most 6"):
+            network(WORDS)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

@@ -107,7 +107,7 @@ class Decoder(Transformer):
         prompt, past, length = self.prompt, 0 if cache is None else len(cache), x.shape[1]
         learned = 0 if prompt is None else len(prompt)
         first = learned if past == 0 else 0  # a cache holds them already
-        require_room(self.positions, past + first + length)
+        require_room(self.positions, past + first + length, learned)
         at = self._places(past + first - learned, length, x.device, valid, segments)
         tokens = self.embed(x) if x.dim() == 2 else x
         mask = AttnMask(causal=True, valid=valid, segments=segments, prefix=prefix, window=self.window)

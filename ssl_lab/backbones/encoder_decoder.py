@@ -159,7 +159,8 @@ class EncoderDecoder(nn.Module):
     def _run(self, stack: Transformer, positions: Positions, tokens: Tensor, ctx: Context) -> Tensor:
         """The blocks and the norm of a stack over what goes in, (B, L, D)."""
         past, length = 0 if ctx.cache is None else len(ctx.cache), tokens.shape[1]
-        require_room(positions, past + length)
+        prompt = self.prompt if stack is self.encoder else None
+        require_room(positions, past + length, 0 if prompt is None else len(prompt))
         at = torch.arange(past, past + length, device=tokens.device)
         if (added := positions.added(at)) is not None:
             tokens = tokens + added.to(tokens.dtype)

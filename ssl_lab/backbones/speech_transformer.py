@@ -26,10 +26,12 @@ class Waves(Sinusoidal):
 
     def __init__(self, dim: int, num_heads: int, max_length: int) -> None:
         super().__init__(dim, num_heads, max_length, halves=True)
-        half = dim // 2
+
+    def waves(self) -> Tensor:
+        half = self.dim // 2
         rate = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / max(1, half - 1))
-        angle = torch.arange(_RESERVED, _RESERVED + max_length, dtype=torch.float64)[:, None] * rate
-        self.table = torch.cat([angle.sin(), angle.cos()], 1).float()
+        angle = torch.arange(_RESERVED, _RESERVED + self.max_length, dtype=torch.float64)[:, None] * rate
+        return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 class GatedSubsampling(nn.Module):

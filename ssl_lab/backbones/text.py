@@ -109,7 +109,7 @@ class TextEncoder(Transformer):
         """
         first = 0 if self.prompt is None else len(self.prompt)
         length = first + x.shape[1]
-        require_room(self.positions, length)
+        require_room(self.positions, length, first)
         at = torch.arange(x.shape[1], device=x.device)
         if segments is not None and self.positions.absolute:
             at = since_start(segments)

@@ -30,6 +30,10 @@ class Positions(nn.Module):
         super().__init__()
         self.dim, self.num_heads, self.max_length = dim, num_heads, max_length
 
+    def lengthen(self, extra: int) -> None:
+        """Make room for `extra` more positions where they are computed; a learned table keeps its size."""
+        self.max_length += extra
+
     def added(self, at: Tensor) -> Tensor | None:
         """(L | B x L, D) to add to the tokens."""
         return None
@@ -53,6 +57,9 @@ class Learned(Positions):
         self.weight = nn.Parameter(torch.empty(max_length, dim))
         nn.init.normal_(self.weight, std=0.02)
 
+    def lengthen(self, extra: int) -> None:
+        pass
+
     def added(self, at: Tensor) -> Tensor:
         return nn.functional.embedding(at, self.weight)
 
@@ -69,11 +76,18 @@ class Sinusoidal(Positions):
     def __init__(self, dim: int, num_heads: int, max_length: int, *, halves: bool = False) -> None:
         super().__init__(dim, num_heads, max_length)
         self.halves = halves
-        rate = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(max_length, dtype=torch.float64)[:, None] * rate
+        self.register_buffer("table", self.waves().float(), persistent=False)
+
+    def lengthen(self, extra: int) -> None:
+        super().lengthen(extra)
+        self.table = self.waves().float().to(self.table)
+
+    def waves(self) -> Tensor:
+        """(max_length, D) float64."""
+        rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        angle = torch.arange(self.max_length, dtype=torch.float64)[:, None] * rate
         waves = [angle.sin(), angle.cos()]
-        table = torch.cat(waves, 1) if halves else torch.stack(waves, 2).flatten(1)
-        self.register_buffer("table", table.float(), persistent=False)
+        return torch.cat(waves, 1) if self.halves else torch.stack(waves, 2).flatten(1)
 
     def added(self, at: Tensor) -> Tensor:
         return nn.functional.embedding(at, self.table)
@@ -106,9 +120,17 @@ class Rotary(Positions):
     ) -> None:
         super().__init__(dim, num_heads, max_length)
         self.base, self.head_dim, self.scaling = base, head_dim or dim // num_heads, scaling
-        cos, sin = rope_1d(torch.arange(max_length), self.head_dim, base=base, scaling=scaling)
+        cos, sin = self._waves()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def lengthen(self, extra: int) -> None:
+        super().lengthen(extra)
+        cos, sin = self._waves()
+        self.cos, self.sin = cos.to(self.cos), sin.to(self.sin)
+
+    def _waves(self) -> Rope:
+        return rope_1d(torch.arange(self.max_length), self.head_dim, base=self.base, scaling=self.scaling)
 
     def rope(self, at: Tensor) -> Rope:
         cos, sin = self.cos[at], self.sin[at]
@@ -159,14 +181,20 @@ def since_start(segments: Tensor) -> Tensor:
     return at - torch.where(first, at, 0).cummax(1).values
 
 
-def require_room(positions: Positions, length: int) -> None:
+def require_room(positions: Positions, length: int, prompt: int = 0) -> None:
     """Raise before a table ends.
 
     Raises:
-        UserError: `length` positions are more than there are.
+        UserError: `length` positions, `prompt` of them for a learned prompt, are more than there are.
     """
-    if length > positions.max_length:
+    most = positions.max_length
+    if length > most and prompt:
         raise UserError(
-            f"{length} tokens are longer than the model's context of {positions.max_length}: shorten the text, "
-            "generate fewer tokens, or choose a model with a larger max_length"
+            f"{length - prompt} tokens and {prompt} of tuning=prompt are longer than the model's context of {most}: "
+            f"set its max_length to {length}, or leave it at {most} and set data.train.length at most {most - prompt}"
+        )
+    if length > most:
+        raise UserError(
+            f"{length} tokens are longer than the model's context of {most}: shorten the text, generate fewer tokens, "
+            "or choose a model with a larger max_length"
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn.positions import Positions
 from ssl_lab.nn.tuning import Tuning
 
 
@@ -15,8 +16,9 @@ class Prompts(Tuning):
     """Learned tokens before the input.
 
     Text and sound: they take the first positions, which all others may see, also in packed rows, and their outputs are
-    left out (an encoder and decoder: they stand before the source, and the decoder sees them). Images: they join the
-    register tokens, as in VPT-shallow (arXiv:2203.12119), and then all registers learn.
+    left out (an encoder and decoder: they stand before the source, and the decoder sees them). Positions that are
+    computed become so many more, so that texts may be as long as before; a learned table has no more. Images: they
+    join the register tokens, as in VPT-shallow (arXiv:2203.12119), and then all registers learn.
 
     Args:
         length: how many tokens, 20 to 100 in the paper.
@@ -54,6 +56,9 @@ class Prompts(Tuning):
             network.registers = nn.Parameter(tokens)
         elif hasattr(network, "prompt"):
             network.prompt = Prompt(tokens)
+            positions = getattr(network, "source_positions", getattr(network, "positions", None))
+            if isinstance(positions, Positions):
+                positions.lengthen(self.length)
         else:
             raise UserError(f"tuning=prompt: {path} takes no tokens before its input; tuning=lora serves any network")
 
