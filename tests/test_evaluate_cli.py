@@ -207,6 +207,19 @@ def test_weights_without_a_run(run, tmp_path):
     assert values(out) == {(str(alone), 0, "knn", name): value for (_, _, _, name), value in values(run).items()}
 
 
+def test_weights_of_an_encoder_are_not_judged_by_a_new_head(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    words = ["evaluate", "method=supervised", *ARCHITECTURE[1:], "pictures=false"]
+    words += [f"ckpt={run / 'last.safetensors'}", f"out={tmp_path / 'out'}"]
+    words = [word for word in words if not word.startswith("method.decoder")]
+    assert main([*words, "eval=[knn,accuracy]", "eval.knn.k=3"]) == 0
+    assert {evaluator for _, _, evaluator, _ in values(tmp_path / "out")} == {"knn"}
+    assert "evaluator accuracy skipped: ckpt=" in capsys.readouterr().out
+    assert main([*words, "eval=[accuracy]"]) == 2
+    error = capsys.readouterr().err
+    assert "eval=[accuracy] judges more than features" in error and error.count("\n") == 1
+
+
 def test_an_untrained_encoder_depends_on_the_seed_alone(tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert main(["evaluate", *ARCHITECTURE, "eval=[collapse]", f"seed={seed}", f"out={tmp_path / folder}"]) == 0

@@ -1,6 +1,7 @@
 """`ssl-lab evaluate`: judge a run, a checkpoint, imported weights or an untrained encoder."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ssl_lab.cli.watch import Extraction
 from ssl_lab.cli.writable import require_folder
 from ssl_lab.data.audio_module import AudioModule
 from ssl_lab.errors import UserError
-from ssl_lab.evals.base import Round
+from ssl_lab.evals.base import Evaluator, Round
 from ssl_lab.evals.pixels import Pixels
 from ssl_lab.evals.results import Row, markdown, matrix, read, table, write
 from ssl_lab.evals.runner import run_round
@@ -32,6 +33,7 @@ from ssl_lab.files import write_text
 from ssl_lab.train import average as mean
 from ssl_lab.train import checkpoint
 from ssl_lab.train.base import Base
+from ssl_lab.types import Embeds
 from ssl_lab.weights import io, pairs
 
 Plain = dict[str, Any]
@@ -81,8 +83,6 @@ def run(cfg: DictConfig) -> None:
             run_round(able, round, step=step, subject=subject, say=console.print, keep=keep)
             return round
 
-        if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
-            judge(Pixels(), 0, "raw pixels")
         torch.manual_seed(cfg.seed)
         base, step, subject = None, 0, "random encoder"
         if saved.get("tuning") and not str(spec).endswith(".safetensors"):
@@ -90,11 +90,16 @@ def run(cfg: DictConfig) -> None:
             subject = "before tuning"
         else:
             method = build(without_downloads(method_config))
+        found = None if spec is None or folder is None else _checkpoint(Path(spec))
+        if spec is not None and found is None:
+            evaluators = _of_features(evaluators, method, spec, console.print)
+        if cfg.baselines and hasattr(data.eval_views, "stats"):  # there are images
+            judge(Pixels(), 0, "raw pixels")
         if cfg.baselines and spec is not None:
             judge(method, step, subject)
         if spec is not None:
             watch.say(f"reading {spec}")
-            step, subject = _load(method, spec, cfg.average, base, has_run=folder is not None)
+            step, subject = _load(method, spec, cfg.average, base, found)
         round = judge(method, step, subject)
         console.print(table(rows))
         write_text(out / "table.md", markdown(rows))
@@ -142,13 +147,33 @@ def _laid_over(saved: Plain, given: Plain, part: str) -> Plain:
     return new
 
 
-def _load(method: Any, spec: str, average: int, base: Base | None = None, *, has_run: bool) -> tuple[int, str]:
-    """Fill the method; gives the step that the weights are from, and what to call them."""
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path of a run means, None where it holds weights of an encoder alone."""
+    return checkpoint.find(path) if path.is_dir() else path if path.suffix == ".ckpt" else None
+
+
+def _of_features(
+    evaluators: dict[str, Evaluator], method: nn.Module, spec: str, say: Callable[[str], None]
+) -> dict[str, Evaluator]:
+    """Those that weights of an encoder alone can be judged by: a new head would give the others values of chance."""
+    if not isinstance(getattr(method, "encoder", None), nn.Module):
+        raise UserError(f"{type(method).__name__} has no encoder that ckpt={spec} could fill; give a run folder")
+    if hasattr(method, "towers"):  # they are read whole
+        return evaluators
+    able = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs is Embeds}
+    left_out = ", ".join(name for name in evaluators if name not in able)
+    why = f"ckpt={spec} fills the encoder alone, the head is new; give a run folder or .ckpt"
+    if not able:
+        raise UserError(f"eval=[{left_out}] judges more than features: {why}, or eval=[knn]")
+    if left_out:
+        say(f"evaluator {left_out} skipped: {why}")
+    return able
+
+
+def _load(method: Any, spec: str, average: int, base: Base | None, found: Path | None) -> tuple[int, str]:
+    """Fill the method from the checkpoint `found`, else its encoder; the step of the weights, and what to call them."""
     path = Path(spec)
-    found = checkpoint.find(path) if path.is_dir() else path if path.suffix == ".ckpt" else None
-    if found is None or not has_run:  # weights of an encoder alone
-        if not isinstance(getattr(method, "encoder", None), nn.Module):
-            raise UserError(f"{type(method).__name__} has no encoder that ckpt={spec} could fill; give a run folder")
+    if found is None:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when the end is one line of ours
         if hasattr(method, "towers"):
             pairs.load(method, spec)
