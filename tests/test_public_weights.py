@@ -239,6 +239,11 @@ def test_a_beginning_has_a_name():
     node = OmegaConf.create
     assert beginning(node({"encoder": {"weights": "hf:x"}})) == "hf:x"
     assert beginning(node({"encoder": {"name": "resnet18.a1_in1k", "pretrained": True}})) == "timm:resnet18.a1_in1k"
+    for place in ("weights", "image.backbone.weights", "decoder.weights", "model.weights"):
+        there = node({})
+        OmegaConf.update(there, place, "hf:x")
+        assert beginning(there) == "hf:x"
+    assert beginning(node({"image": {"weights": "hf:x"}, "text": {"weights": "hf:y"}})) == "hf:x, hf:y"
     for nothing in ({}, {"encoder": {"weights": None}}, {"encoder": {"name": "resnet18", "pretrained": False}}):
         assert beginning(node(nothing)) == "random encoder"
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ssl_lab.cli.compose import build
 from ssl_lab.cli.saved import run_folder
+from ssl_lab.cli.tuned import starts
 from ssl_lab.data import tokenizer
 from ssl_lab.data.conversation_tokenizer import marker_of, spoken
 from ssl_lab.data.module import DataModule
@@ -126,13 +127,8 @@ def _nodes(node: Any) -> Iterator[Any]:
 
 
 def beginning(node: DictConfig) -> str:
-    """What the encoder of a method that has not been trained yet is called: its weights, or `random encoder`."""
-    weights = OmegaConf.select(node, "encoder.weights")
-    if isinstance(weights, str):
-        return weights
-    if OmegaConf.select(node, "encoder.pretrained"):
-        return f"timm:{node.encoder.name}"
-    return "random encoder"
+    """What a method that has not been trained yet is called: the weights that it starts from, or `random encoder`."""
+    return ", ".join(dict.fromkeys(starts(node))) or "random encoder"
 
 
 def _cause(error: BaseException | None) -> io.OtherArchitecture | None:

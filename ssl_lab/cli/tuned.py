@@ -32,7 +32,7 @@ def tune(method: nn.Module, config: Mapping[str, Any]) -> Base | None:
         raise UserError(f"tuning=full has no settings, and there are {', '.join(tuning)}: take them away with {away}")
     torch.manual_seed(fold(int(config.get("seed", 0)), 1))
     parts = build(OmegaConf.create(tuning))(method)
-    return Base(method, parts, list(_weights(config["method"])))
+    return Base(method, parts, list(starts(config["method"])))
 
 
 def rebuild(config: Mapping[str, Any]) -> tuple[Method, Base | None]:
@@ -97,7 +97,7 @@ def plain(network: nn.Module, why: str) -> None:
         raise UserError(f"{why}: {', '.join(left)} beside the layers cannot be merged into them; tuning=lora can")
 
 
-def _weights(node: Any) -> Iterator[str]:
+def starts(node: Any) -> Iterator[str]:
     """Starting weights named anywhere in a method's configuration."""
     for key, value in node.items() if hasattr(node, "items") else ():
         if key == "weights" and isinstance(value, str):
@@ -105,4 +105,4 @@ def _weights(node: Any) -> Iterator[str]:
         elif key == "pretrained" and value is True:
             yield f"timm:{node.get('name')}"
         else:
-            yield from _weights(value)
+            yield from starts(value)
