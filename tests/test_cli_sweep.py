@@ -122,6 +122,15 @@ def test_one_folder_for_all_is_refused(stub, capsys):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("line", ["evaluate ckpt=a,b out=cmp", "doctor data.path=a,b out=cmp"])
+def test_one_folder_for_verbs_without_a_name_is_refused_too(stub, capsys, line):
+    Path("a").mkdir()
+    Path("b").mkdir()
+    assert sweep(line) == 2
+    error = capsys.readouterr().err
+    assert "several jobs would share the run folder cmp" in error and error.count("\n") == 1
+
+
 @pytest.mark.faults("C9", "jobs of a sweep fail or are killed: the others run, code 1")
 def test_a_failing_job_does_not_stop_the_others(stub, capsys):
     assert sweep("method=mae seed=0,13,14,15,1 launcher.jobs=2") == 1

@@ -111,6 +111,13 @@ def test_failures_are_marked(stub, capsys):
     assert "2 ok, 2 failed" in out and "bad luck" in out and "knn/top1 is nan" in out and "best of 2" in out
 
 
+def test_only_training_is_searched(stub, capsys):
+    words = ["evaluate", "method=mae", "data=shapes", "average=1,2", "eval=[knn]", *SEARCH]
+    assert main(["-m", *words]) == 2
+    error = capsys.readouterr().err
+    assert "the results of training, not of evaluate" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

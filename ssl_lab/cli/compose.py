@@ -95,7 +95,7 @@ def search_path(folders: list[Path]) -> list[str]:
 def finish(verb: str, cfg: DictConfig, folders: list[Path], swept: dict[str, str]) -> DictConfig:
     """Check and resolve a composed configuration in place; `hydra:` interpolations must be live.
 
-    The values of `swept` tell the runs of a sweep apart: they are added to `name`.
+    The values of `swept` tell the runs of a sweep apart: they are added to `name`, if the verb has one.
     """
     root = catalog.root(verb)
     if verb == "evaluate":  # settings without a choice are for the evaluators of its run
@@ -107,7 +107,7 @@ def finish(verb: str, cfg: DictConfig, folders: list[Path], swept: dict[str, str
         told = f" ({comment})" if (comment := root.comments.get(absent[0])) else ""
         raise UserError(f"{absent[0]} is not given: write {absent[0]}=...{told}")
     check.check_references(cfg)
-    if swept:
+    if swept and "name" in cfg:
         suffix = ",".join(f"{key}={value}" for key, value in swept.items())
         cfg.name = re.sub(r"[^\w.=,+-]", "_", f"{cfg.name}-{suffix}")
     OmegaConf.resolve(cfg)

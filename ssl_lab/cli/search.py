@@ -51,8 +51,11 @@ class Optuna:
         """The trials; the ends of every space are checked first.
 
         Raises:
-            UserError: a mistake in any of them, no space at all, or an objective that no evaluator measures.
+            UserError: another verb than train, a mistake in any of them, no space at all, or an objective that no
+                evaluator measures.
         """
+        if planner.verb != "train":
+            raise UserError(f"sweeper=optuna searches by the results of training, not of {planner.verb}: leave it out")
         parsed = {text: overrides.parse(text, planner.folders) for text in words}
         space = {word.get_key_element(): word for word in parsed.values() if word.is_sweep_override()}
         fixed = [text for text, word in parsed.items() if not word.is_sweep_override()]

@@ -65,7 +65,7 @@ class Planner:
     def job(self, number: int, words: Sequence[str], values: dict[str, str], naming: dict[str, str]) -> Job:
         """A job of these words. `values` are what tells it apart, and of those `naming` joins its name."""
         cfg = self.composed(words, naming)
-        if naming:
+        if naming and "name" in cfg:
             words = [*(word for word in words if not word.startswith("name=")), f'name="{cfg.name}"']
         trainer = cfg.get("trainer") or {}
         verb = self.verb
