@@ -13,6 +13,9 @@ from ssl_lab.bench.loop import data_wait
 from ssl_lab.bench.report import Report, Row
 from ssl_lab.bench.step import MethodStep
 from ssl_lab.bench.timing import Timing, interleave, matmul_peak
+from ssl_lab.cli.catalog import conf_folder
+from ssl_lab.cli.compose import compose
+from ssl_lab.cli.rehearsal import rehearsal
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE, Decoder
 from ssl_lab.methods.supervised import Supervised
@@ -212,6 +215,11 @@ def test_the_verb_measures_and_writes_json(tmp_path):
     assert all(row["median_s"] > 0 and row["peak_bytes"] is None for row in figures["rows"])
     assert figures["flops"] > 0 and 0 <= figures["data_wait"] < 1 and figures["loop_share"] > 0
     assert len(figures["notes"]) == 1 and "lightly" in figures["notes"][0]
+
+
+def test_a_rehearsal_waits_for_no_other_machine(tmp_path):
+    cfg = compose("bench", [*TINY, "strategy=ddp", "trainer.num_nodes=4"], [conf_folder()])
+    assert rehearsal(cfg, str(tmp_path), 1).trainer.num_nodes == 1 and cfg.trainer.num_nodes == 4
 
 
 @pytest.mark.slow

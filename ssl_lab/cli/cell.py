@@ -45,7 +45,7 @@ def facts(cfg: DictConfig) -> dict[str, Any]:
     saved = checkpoint.facts(checkpoint.find(cfg.out) or cfg.out)
     plain = DictConfig(OmegaConf.to_container(cfg))
     with open_dict(plain):
-        plain.trainer.devices, plain.trainer.num_nodes, plain.trainer.strategy, plain.compile = 1, 1, "auto", False
+        plain.trainer.devices, plain.trainer.strategy, plain.compile = 1, "auto", False
         plain.float8 = None  # FLOPs are counted as those of the products that it stands for
         if "num_workers" in plain.data:
             plain.data.num_workers = 0

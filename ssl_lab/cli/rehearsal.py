@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ssl_lab.bench.probe import tensor_bytes
 from ssl_lab.cli.train import Training
@@ -16,8 +16,13 @@ _DRAWN = 17  # batches to choose from where they differ
 
 
 def rehearsal(cfg: DictConfig, out: str, steps: int) -> Training:
-    """The run of `cfg` in folder `out`, `steps` long, without evaluators, earlier state or loggers but the table."""
+    """The run of `cfg` in folder `out`, `steps` long, without evaluators, earlier state or loggers but the table.
+
+    It is one of this machine alone: those that the run is for need not be there.
+    """
     config = OmegaConf.merge(cfg, {"out": out, "duration": f"{steps} steps", "ckpt": None, "baselines": False})
+    with open_dict(config):
+        config.trainer.num_nodes = 1
     config.eval, config.logger = {}, {"csv": {"_target_": "ssl_lab.train.loggers.CSVLogger", "save_dir": out}}
     return Training(config, Signals(), first=True)  # type: ignore[arg-type]
 
