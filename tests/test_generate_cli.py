@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ssl_lab.cli.generate import _speaker
 from ssl_lab.cli.main import main
 from ssl_lab.cli.overrides import parse
+from ssl_lab.cli.starting import start_of
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.generation.generate import generate
 from ssl_lab.generation.sampling import Sampling
@@ -85,6 +89,30 @@ def test_a_translator_answers(translator, capsys):
     for more in ("num_beams=1", "num_beams=3"):
         told = said(capsys, *words, more)
         assert "small red circle" not in told.out and re.match(r"\d+ tokens", told.err)
+
+
+def test_a_decoder_beside_an_encoder_starts_as_it_was_trained(translator, tmp_path):
+    def start(spec):
+        return _speaker(OmegaConf.create({"ckpt": str(spec), "tokenizer": None, "trust": []})).start
+
+    run, alone, words = tmp_path / "run", tmp_path / "alone", tokenizers.load(translator)
+    shutil.copytree(translator, run, ignore=shutil.ignore_patterns("checkpoints"))
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.method.start_token == start_of(words) == start(run / "last.safetensors")
+    config.method.start_token = 5
+    OmegaConf.save(config, run / "config.yaml")
+    assert start(run / "last.safetensors") == 5
+    alone.mkdir()
+    for file in (run / "last.safetensors", *run.glob("tokenizer*")):
+        shutil.copy(file, alone)
+    assert start(alone / "last.safetensors") == start_of(words)
+    assert [start_of(SimpleNamespace(pad=p, bos=b, eos=9)) for p, b in ((7, 8), (None, 8), (None, None))] == [7, 8, 9]
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5Config(vocab_size=words.vocab_size, **sizes, pad_token_id=0, decoder_start_token_id=6)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(alone)
+    assert start(f"hf:{alone}") == 6
 
 
 def test_transformers_folders_speak(trained, tmp_path, capsys):

@@ -16,6 +16,7 @@ from ssl_lab.backbones.decoder import Decoder
 from ssl_lab.backbones.encoder_decoder import EncoderDecoder
 from ssl_lab.backbones.speech_transformer import SpeechTransformer
 from ssl_lab.cli.saved import load_config, run_folder
+from ssl_lab.cli.starting import start_of
 from ssl_lab.cli.tuned import fill, newest, rebuild
 from ssl_lab.data import tokenizer as tokenizers
 from ssl_lab.data.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from ssl_lab.generation.sampling import Sampling
 from ssl_lab.generation.words import Words
 from ssl_lab.nn.lora import fuse_
 from ssl_lab.weights import gguf, text
+from ssl_lab.weights.sources import hf_config
 
 DEFAULT_NEW = 100
 SPARE = 512  # rows that an embedding may have beyond its tokenizer: many are rounded up
@@ -145,7 +147,9 @@ def _speaker(cfg: DictConfig) -> Speaker:
         speaker = Speaker(_language(text.build(spec), spec), given or Tokenizer(*gguf.tokenizer(name)))
     elif colon and kind == "hf":
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when the end is one line of ours
-        speaker = Speaker(_language(text.build(spec), spec), given or _beside(Path(name)), framed=True)
+        model, words = _language(text.build(spec), spec), given or _beside(Path(name))
+        told = getattr(hf_config(name)[1], "decoder_start_token_id", None)
+        speaker = Speaker(model, words, start_of(words) if told is None else told, framed=True)
     else:
         speaker = _trained(spec, given, list(cfg.trust))
     spare = speaker.model.vocab_size - speaker.tokenizer.vocab_size
@@ -166,7 +170,10 @@ def _trained(spec: str, given: Tokenizer | None, trust: list[str]) -> Speaker:
         )
     folder = run_folder(path)
     if path.suffix == ".safetensors":
-        return Speaker(_language(text.build(spec), spec), given or _beside(path.parent))
+        model, tokenizer, start = _language(text.build(spec), spec), given or _beside(path.parent), None
+        if folder is not None and isinstance(model, EncoderDecoder):
+            start = (load_config(folder, trust).get("method") or {}).get("start_token")
+        return Speaker(model, tokenizer, start_of(tokenizer) if start is None else int(start))
     if folder is None:
         raise UserError(
             f"ckpt={spec}: no config.yaml beside it, so no run wrote it; for transformers' folders hf:{spec}"

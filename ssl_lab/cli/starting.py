@@ -62,11 +62,15 @@ def decided_by_data(node: Any, data: DataModule) -> None:
             if data.tokenizer is None:
                 raise UserError("this method reads images in a text: choose e.g. data=shapes_questions")
             part["image_token"] = marker_of(data.tokenizer)
-    if node.get("start_token") == -1 and (words := data.tokenizer) is not None:
-        known = (x for x in (words.pad, words.bos, words.eos) if x is not None)
-        node["start_token"] = next(known, 0)
+    if node.get("start_token") == -1 and data.tokenizer is not None:
+        node["start_token"] = start_of(data.tokenizer)
     if node.get("end_token") == -1:
         node["end_token"] = None if data.tokenizer is None else data.tokenizer.eos
+
+
+def start_of(words: tokenizer.Tokenizer) -> int:
+    """What a decoder beside an encoder reads first, where nobody says it."""
+    return next((x for x in (words.pad, words.bos, words.eos) if x is not None), 0)
 
 
 def require_tokenizer(node: Any, data: DataModule) -> None:
