@@ -6,7 +6,7 @@ import torch
 from ssl_lab.errors import UserError
 from ssl_lab.nn import attend as door
 from ssl_lab.nn.attend import KERNELS, attend, choose, supports
-from ssl_lab.nn.kernels import eager as module
+from ssl_lab.nn.kernels import products
 from ssl_lab.nn.mask import CAUSAL, FULL, AttnMask
 
 B, H, L, DH = 2, 4, 12, 16
@@ -98,7 +98,7 @@ def test_scores_made_some_samples_at_a_time_are_the_same(mask, biased, monkeypat
     bias = torch.randn(1, H, L, L, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if biased else None
     found = []
     for limit in (1 << 24, 1):
-        monkeypatch.setattr(module, "AT_A_TIME", limit)
+        monkeypatch.setattr(products, "AT_A_TIME", limit)
         leaves = [*tensors(kv_heads=2), *([bias.clone().requires_grad_()] if biased else [])]
         out = attend(*leaves[:3], mask, bias=leaves[3] if biased else None, kernel="eager")
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])

@@ -81,7 +81,7 @@ def test_relative_attention_is_that_of_transformers(lines, size, monkeypatch):
     from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as theirs
 
     monkeypatch.setattr(relative, "_LINES", lines)
-    monkeypatch.setattr(relative, "AT_A_TIME", size)
+    monkeypatch.setattr(products, "AT_A_TIME", size)
     reference = randomise(theirs.Wav2Vec2ConformerSelfAttention(config("relative")), seed=3)
     ours = RelativeAttention(DIM, HEADS).double()
     ours.load_state_dict(in_our_names(reference.state_dict(), ours.state_dict(), ATTENTION))

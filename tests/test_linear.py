@@ -50,16 +50,42 @@ def test_strides_do_not_matter(monkeypatch):
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_are_torchs_own(dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions_and_small_maps_are_torchs_own(dtype):
     x, layer = torch.randn(3, 8, dtype=dtype), Linear(8, 4).to(dtype)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-def test_autocast_is_torchs_own():
-    x, layer = torch.randn(3, 8), Linear(8, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and layer(x).dtype == torch.bfloat16
+@onednn
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("given", "held"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_bfloat16_is_the_same_map_without_a_pass_for_the_bias(given, held, biased, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(40, 96, bias=biased).to(getattr(torch, held))
+    x, weigh = torch.randn(2, 50, 40, generator=generator).to(getattr(torch, given)), torch.linspace(-1, 1, 96)
+    monkeypatch.setattr(module, "F", None)  # torch's own is not asked
+    found = []
+    for own in (True, False):
+        layer.zero_grad()
+        y = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=held == "float32"):
+            out = layer(y) if own else F.linear(y, layer.weight, layer.bias)
+        (out.float() * weigh).square().mean().backward()
+        found.append([out.detach(), y.grad, *(p.grad.clone() for p in layer.parameters())])
+    assert found[0][0].dtype == torch.bfloat16
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=2**-7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=held == "float32"):
+        assert torch.equal(layer(x), found[0][0])
+
+
+@onednn
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_autocast_leaves_or_narrows_otherwise_is_torchs_own(dtype):
+    x, layer = torch.randn(2, 50, 40), Linear(40, 96)
+    with torch.autocast("cpu", torch.float16 if dtype == torch.float16 else torch.bfloat16):
+        given, weight, bias = (t if dtype == torch.float16 else t.to(dtype) for t in (x, layer.weight, layer.bias))
+        assert torch.equal(linear(given, weight, bias), F.linear(given, weight, bias))
 
 
 def test_an_empty_batch_gives_an_empty_result():

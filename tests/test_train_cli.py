@@ -126,6 +126,14 @@ def test_mistakes_of_a_method(tmp_path, capsys, method, words, message):
     assert message in text and text.count("\n") == 1
 
 
+def test_sound_is_not_rounded_before_it_is_heard(tmp_path, capsys):
+    assert (
+        main(["experiment=conformer_tones", "ema=null", "trainer.precision=bf16-true", f"out={tmp_path / 'run'}"]) == 2
+    )
+    text = capsys.readouterr().err
+    assert "trainer.precision=bf16-true rounds sound before it is heard" in text and text.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "steps"),
     [

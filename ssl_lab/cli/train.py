@@ -27,7 +27,7 @@ from ssl_lab.cli.resume import holding, require_fit, require_left, save_config, 
 from ssl_lab.cli.saved import run_folder
 from ssl_lab.cli.screen import screen, unbroken
 from ssl_lab.cli.starting import beginning, build_method, decided_by_data, require_same_words, require_tokenizer
-from ssl_lab.cli.trainer import Handlers, make_trainer, quiet
+from ssl_lab.cli.trainer import Handlers, make_trainer, quiet, require_width
 from ssl_lab.cli.tuned import tune, whole
 from ssl_lab.data.views import STATS
 from ssl_lab.errors import UserError
@@ -100,10 +100,7 @@ class Training:
         make = {name: functools.partial(build, node) for name, node in cfg.logger.items()}
         self.loggers = Loggers(make if first else {})
         self.ema = None if cfg.ema is None else EMA(cfg.ema)
-        small = f"{type(self.method).__name__}'s {self.method.small_steps}" if self.method.small_steps else None
-        small = small if self.ema is None else f"ema={cfg.ema}"
-        if small is not None and str(cfg.trainer.precision).endswith("16-true"):
-            raise UserError(f"{small} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
+        require_width(cfg.trainer.precision, self.method, cfg.ema)
         self.trainer = self._trainer()
         precision = self.trainer.precision_plugin.forward_context
         self._rows = functools.partial(run_all, data=self.data, precision=precision, say=self.say)

@@ -15,6 +15,9 @@ from omegaconf import DictConfig
 
 from ssl_lab.cli.compose import build
 from ssl_lab.errors import UserError
+from ssl_lab.methods.base import Method
+from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.waveform import ConvFeatures
 from ssl_lab.train.base import Base
 from ssl_lab.train.checkpoint import CheckpointFiles
 from ssl_lab.train.metrics import DataWait
@@ -85,6 +88,21 @@ def require_precision(precision: Any, accelerator: str) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     if on_cpu and str(precision).startswith("16"):
         raise UserError(f"trainer.precision={precision} needs a GPU, and this run is on the CPU: use bf16-mixed")
+
+
+def require_width(precision: Any, method: Method, ema: float | None) -> None:
+    """Check that nothing is lost where weights and inputs have 16 bits.
+
+    Raises:
+        UserError: an average, a learned scale, or sound, whose quiet parts vanish beside loud ones.
+    """
+    if not str(precision).endswith("16-true"):
+        return
+    small = f"{type(method).__name__}'s {method.small_steps}" if method.small_steps else None
+    if (small := small if ema is None else f"ema={ema}") is not None:
+        raise UserError(f"{small} moves by steps that 16 bits round away: set trainer.precision=bf16-mixed")
+    if any(isinstance(part, LogMel | ConvFeatures) for part in method.modules()):
+        raise UserError(f"trainer.precision={precision} rounds sound before it is heard: take bf16-mixed")
 
 
 @contextlib.contextmanager

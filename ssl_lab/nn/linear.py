@@ -1,8 +1,8 @@
-"""The linear map of every projection, with float32 on a CPU sent to the library that is fast there.
+"""The linear map of every projection, sent on a CPU to the library that is fast there.
 
 For float32 torch calls MKL, which on processors of other makers stays below their widest vectors: oneDNN does the same
-product 2.1 times faster on an AMD EPYC of family 26, 1.0 to 1.4 times on one of family 25 (`docs/performance.md`). Half
-precision goes to oneDNN anyway.
+product 2.1 times faster on an AMD EPYC of family 26, 1.0 to 1.4 times on one of family 25 (`docs/performance.md`). With
+bfloat16 torch goes to oneDNN, too, but fills the result with the bias first, in a pass of its own.
 """
 
 from typing import Any
@@ -27,23 +27,30 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (E, D) transposed, plus bias (E) -> (..., E)."""
-    if _through_onednn(x, weight, bias):
-        if not torch.is_grad_enabled():
-            return _product(x, weight, bias)
-        out: Tensor = _OneDNN.apply(x, weight, bias)
-        return out
-    return F.linear(x, weight, bias)
+    dtype = _through_onednn(x, weight)
+    if dtype is None:
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(*_cast(dtype, x, weight, bias))
+    out: Tensor = _OneDNN.apply(x, weight, bias, dtype)
+    return out
 
 
-def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() // weight.shape[1] * weight.shape[0] >= _SMALLEST
-        and _AVAILABLE
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+def _through_onednn(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """In which dtype oneDNN makes the product, or None: torch is to do it."""
+    if x.device.type != "cpu" or not _AVAILABLE or torch.compiler.is_compiling():
+        return None
+    if x.numel() // weight.shape[1] * weight.shape[0] < _SMALLEST:
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) else None
+    narrow = (torch.float32, torch.bfloat16)
+    known = x.dtype in narrow and weight.dtype in narrow and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.bfloat16 if known else None
+
+
+def _cast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _half_used(processor: dict[str, Any]) -> bool:
@@ -57,23 +64,25 @@ MKL_IS_SLOW = _AVAILABLE and _half_used(getattr(torch.cpu, "get_capabilities", d
 
 
 class _OneDNN(torch.autograd.Function):
-    """torch has the product as an operator, without a derivative."""
+    """torch has the product as an operator, without a derivative. Autograd gives gradients their tensors' dtypes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x, weight, bias = _cast(dtype, x, weight, bias)
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
             _product(grad, weight.t()) if need_x else None,
             _outer(rows, x.flatten(0, -2)) if need_weight else None,
             rows.sum(0) if need_bias else None,
+            None,
         )
 
 
@@ -82,7 +91,7 @@ def _outer(grad: Tensor, x: Tensor) -> Tensor:
 
     oneDNN copies the side that stands transposed here, which takes what its product gains over an MKL that is not slow.
     """
-    if not MKL_IS_SLOW:
+    if grad.dtype == torch.bfloat16 or not MKL_IS_SLOW:
         return grad.t() @ x
     if grad.shape[1] <= x.shape[1]:
         return _product(grad.t(), x.t())

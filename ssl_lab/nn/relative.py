@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ssl_lab.nn.attend import KernelName, attend
 from ssl_lab.nn.attention import Attention
-from ssl_lab.nn.kernels.products import AT_A_TIME, product
+from ssl_lab.nn.kernels.products import at_a_time, product
 from ssl_lab.nn.linear import Linear
 from ssl_lab.nn.mask import AttnMask
 
@@ -53,8 +53,8 @@ class RelativeAttention(Attention):
         add = torch.cat([self.u.flatten(), self.u.new_zeros(2 * dim)])  # u costs nothing as a bias of the projection
         heads = self._heads(self.qkv.rows(x, add=add))
         more = (self.v - self.u)[:, None]
-        each = 2 * self.num_heads * length**2 * far.element_size()  # bytes of bias and scores of a sample
-        step = rows if x.device.type != "cpu" else max(1, AT_A_TIME // each)
+        each = self.num_heads * length**2 * far.element_size()  # bytes of scores of a sample
+        step = rows if x.device.type != "cpu" else at_a_time(rows, each)
         out = []
         for start, piece in zip(range(0, rows, step), heads.split(step), strict=True):
             q, k, v = piece.chunk(3, 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssl_lab.nn.dropout import dropout, kept
-from ssl_lab.nn.kernels.products import AT_A_TIME, product
+from ssl_lab.nn.kernels.products import at_a_time, product
 from ssl_lab.nn.mask import AttnMask
 
 
@@ -48,7 +48,7 @@ def _in_pieces(
     settings: tuple[float, bool, float, bool],
 ) -> Tensor:
     """`_Training` on some samples at a time, so that no tensor of scores takes more than `AT_A_TIME`."""
-    rows = max(1, AT_A_TIME // (q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()))
+    rows = at_a_time(len(q), q.shape[1] * q.shape[2] * k.shape[2] * q.element_size())
     if rows >= len(q):
         out: Tensor = _Training.apply(q, k, v, bias, hidden, *settings)
         return out

@@ -13,6 +13,12 @@ AT_A_TIME = 1 << 24  # bytes of scores on a CPU: larger tensors go back to the s
 _SMALLEST = 1 << 20  # multiplications in one product: below, oneDNN's fixed cost is more than it gains
 
 
+def at_a_time(samples: int, each: int) -> int:
+    """Samples of about equal pieces whose scores, of `each` bytes a sample, take no more than `AT_A_TIME` together."""
+    pieces = -(-samples // max(1, AT_A_TIME // each))
+    return -(-samples // pieces)
+
+
 def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """alpha * a b + plus, (N, M, K), (N, K, P), (N, M, P) -> (N, M, P); not for autograd to follow.
 
