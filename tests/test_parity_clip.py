@@ -234,6 +234,11 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         fresh(FACTS, weights=f"open_clip:{tmp_path}/other.pt")
     with pytest.raises(UserError, match="is no CLIP or SigLIP of ours"):
         fresh(FACTS, weights=f"{tmp_path}/other.pt")
+    torch.save({"base": {}}, tmp_path / "tuned.ckpt")
+    with pytest.raises(UserError, match="what was tuned alone: export it with"):
+        fresh(FACTS, weights=f"{tmp_path}/tuned.ckpt")
+    with pytest.raises(UserError, match="one network alone; give the run folder"):
+        fresh(FACTS, weights=f"{tmp_path}/last.safetensors")
 
 
 @pytest.mark.parametrize("facts", [FACTS, OTHER], ids=["clip", "siglip"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from training import TINY, results, rows, run
 
 from ssl_lab.cli.main import main
+from ssl_lab.cli.resume import Standing, require_left
 from ssl_lab.cli.train import Training
+from ssl_lab.errors import UserError
 from ssl_lab.train import checkpoint, progress
 from ssl_lab.train.signals import Interrupted
 
@@ -149,6 +152,19 @@ def test_lengths_and_options(tmp_path, words, steps):
     assert run([*TINY, *words, f"out={out}"], log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert checkpoint.facts(checkpoint.find(out))["step"] == steps
     assert rows(out)[-1]["step"] == str(steps)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"encoder": {}}, "method.encoder.weights=other"),
+        ({"decoder": {}}, "method.decoder.weights=other"),
+        ({"model": {"decoder": {}}, "weights": None}, "method.weights=other"),
+    ],
+)
+def test_a_finished_run_is_begun_from_where_its_method_takes_weights(method, words):
+    with pytest.raises(UserError, match=words):
+        require_left(Standing(Path("other"), 12, own=False), "other", 12, method)
 
 
 def test_a_signal_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.errors import UserError
 from ssl_lab.methods.mae import MAE, Decoder
 from ssl_lab.nn.block import encoder_block
+from ssl_lab.nn.ffn import ratio
 from ssl_lab.weights import io
 from ssl_lab.weights.rename import Drop, Fuse, rename
 from ssl_lab.weights.tables import timm_vit
@@ -98,8 +99,14 @@ def test_a_saved_backbone_builds_itself(tmp_path, changes):
     assert os.listdir(tmp_path / "deep") == ["a.safetensors"]
 
 
+def test_another_epsilon_is_another_architecture():
+    assert io.architecture(ViT(32, 2, 2, image_size=8, patch_size=4))
+    block = functools.partial(encoder_block, norm=functools.partial(torch.nn.LayerNorm, eps=1e-5))
+    assert not io.architecture(ViT(32, 2, 2, image_size=8, patch_size=4, block=block))
+
+
 def test_any_hidden_width_survives_its_ratio():
-    assert all(int(dim * io.ratio(hidden, dim)) == hidden for dim in range(1, 300) for hidden in range(1, 300))
+    assert all(int(dim * ratio(hidden, dim)) == hidden for dim in range(1, 300) for hidden in range(1, 300))
 
 
 def test_a_saved_timm_model_builds_itself(tmp_path):

@@ -77,7 +77,8 @@ def require_left(standing: Standing, start: str | None, steps: int, method: Mapp
     """
     if standing.own or standing.step < steps:
         return
-    part = next((f"{name}." for name in ("encoder", "decoder", "model") if name in method), "")
+    parts = () if "weights" in method else ("encoder", "decoder", "model")  # LLaVA and its kin take a whole run
+    part = next((f"{name}." for name in parts if name in method), "")
     raise UserError(
         f"ckpt={start} has {standing.step} steps behind it, and duration comes to {steps}: give a longer one, or begin "
         f"from its weights alone with method.{part}weights={start}"

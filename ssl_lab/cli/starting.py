@@ -117,7 +117,7 @@ def _words(known: tokenizer.Tokenizer) -> dict[str, int]:
 
 
 def _tokenizer_beside(weights: str) -> Path | None:
-    path = Path(weights.removeprefix("hf:")).expanduser()
+    path = Path(weights.removeprefix("hf:").removeprefix("open_clip:")).expanduser()
     folders = (path, run_folder(path) if path.exists() else None)
     return next((x for x in folders if x is not None and (x / "tokenizer.json").is_file()), None)
 

@@ -1,6 +1,7 @@
 """Feed-forward networks: the per-token half of a block."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -23,6 +24,12 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
 }
+
+
+def ratio(hidden: int, dim: int) -> float:
+    """`hidden / dim`, such that int(dim * ratio) is `hidden` again: that is how every library uses it."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 class MLP(nn.Module):

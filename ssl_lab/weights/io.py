@@ -19,7 +19,7 @@ from ssl_lab.files import replacing
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, encoder_block
 from ssl_lab.nn.embed import PatchEmbed
-from ssl_lab.nn.ffn import MLP
+from ssl_lab.nn.ffn import MLP, ratio
 from ssl_lab.nn.tuning import added
 from ssl_lab.weights import families, towers
 from ssl_lab.weights.rename import State
@@ -171,9 +171,9 @@ def _plain(block: nn.Module) -> bool:
     attention, mlp = block["attn"].fn, block["mlp"].fn
     if not isinstance(attention, Attention) or not isinstance(mlp, MLP):
         return False
-    norm: nn.Module = attention.q_norm
-    known = isinstance(norm, nn.Identity) or (isinstance(norm, nn.LayerNorm) and norm.eps == layer_norm(1).eps)
-    return known and mlp.act is F.gelu
+    norms = [attention.q_norm, *(residual.norm for residual in block.values())]
+    known = [isinstance(norm, nn.LayerNorm) and norm.eps == layer_norm(1).eps for norm in norms]
+    return (known[0] or isinstance(norms[0], nn.Identity)) and all(known[1:]) and mlp.act is F.gelu
 
 
 def _resampled(source: Source, own: State, grid: tuple[int, int] | None, spec: str) -> State:
@@ -248,9 +248,3 @@ def word(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{name}:{word(each)}" for name, each in value.items()) + "}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def ratio(hidden: int, dim: int) -> float:
-    """`hidden / dim`, such that int(dim * ratio) is `hidden` again: that is how every library uses it."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -12,10 +12,9 @@ from ssl_lab.backbones.vit import ViT
 from ssl_lab.nn.attention import Attention
 from ssl_lab.nn.block import Block, encoder_block
 from ssl_lab.nn.embed import PatchEmbed
-from ssl_lab.nn.ffn import ACTIVATIONS, MLP
+from ssl_lab.nn.ffn import ACTIVATIONS, MLP, ratio
 from ssl_lab.nn.pool import AttentionPool
 from ssl_lab.nn.positions import Learned
-from ssl_lab.weights import io
 
 Facts = Mapping[str, Any]
 FAMILIES = ("clip", "siglip")
@@ -48,8 +47,8 @@ def towers(facts: Facts) -> dict[Literal["image", "text"], Tower]:
     )
     if clip:
         return {"image": Tower(vit, facts["embed_dim"]), "text": Tower(encoder, facts["embed_dim"])}
-    ratio = io.ratio(image["hidden"], image["dim"])
-    pooling = partial(AttentionPool, num_heads=image["num_heads"], mlp_ratio=ratio, act=image["act"], eps=image["eps"])
+    width = ratio(image["hidden"], image["dim"])
+    pooling = partial(AttentionPool, num_heads=image["num_heads"], mlp_ratio=width, act=image["act"], eps=image["eps"])
     return {
         "image": Tower(vit, facts["embed_dim"], pooling=pooling, projection="none"),
         "text": Tower(encoder, facts["embed_dim"], pooling="last", projection="affine", padding="seen"),
@@ -83,7 +82,7 @@ def settings(facts: Facts) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name in ("image", "text"):
         tower = facts[name]
-        recipe = {"act": tower["act"], "mlp_ratio": io.ratio(tower["hidden"], tower["dim"])}
+        recipe = {"act": tower["act"], "mlp_ratio": ratio(tower["hidden"], tower["dim"])}
         backbone = {key: tower[key] for key in ("dim", "depth", "num_heads", "patch_size") if key in tower}
         backbone["block"] = {key: value for key, value in recipe.items() if value is not None}
         out[name] = {"embed_dim": facts["embed_dim"], "backbone": backbone}
@@ -142,7 +141,7 @@ def _shape(backbone: nn.Module) -> dict[str, Any] | None:
 def _block(tower: Facts) -> partial[Block]:
     return partial(
         encoder_block,
-        mlp_ratio=io.ratio(tower["hidden"], tower["dim"]),
+        mlp_ratio=ratio(tower["hidden"], tower["dim"]),
         act=tower["act"],
         norm=partial(nn.LayerNorm, eps=tower["eps"]),
     )

@@ -58,7 +58,9 @@ def read(spec: str) -> Source:
         if not found:
             raise UserError(f"{spec} holds no checkpoints/*.ckpt; give a run folder, hf:<folder> or open_clip:<folder>")
         path = found[0]
-    state = sources.read_checkpoint(sources.inside(path))
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} is one network alone; give the run folder, a .ckpt or hf:<folder>")
+    state = sources.read_checkpoint(sources.inside(path), "export it with `ssl-lab export to=hf` and give hf:<folder>")
     if not any(key.startswith("towers.") for key in state):
         raise UserError(f"{path} (first key {next(iter(state), None)!r}) is no CLIP or SigLIP of ours")
     return Source(state)

@@ -27,6 +27,7 @@ HF_TABLES: dict[str, Table] = {
 }
 PAIRS = ("clip", "siglip")  # of which the image encoder is read
 UNTOLD = "%s does not say its %s: unchecked, they are taken from here; they must be those of its run's config.yaml"
+_INSTEAD = "give last.safetensors of the run once it is done, or export it"
 HEADER = "ssl_lab"  # key of our entry in a safetensors header
 
 
@@ -210,8 +211,8 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
         ) from error
 
 
-def read_checkpoint(path: Path) -> State:
-    """Tensors of a Lightning checkpoint or of a saved state dict.
+def read_checkpoint(path: Path, instead: str = _INSTEAD) -> State:
+    """Tensors of a Lightning checkpoint or of a saved state dict; `instead`: what to do about one without its base.
 
     Raises:
         UserError: no such thing.
@@ -223,9 +224,7 @@ def read_checkpoint(path: Path) -> State:
             f"{path} cannot be read as weights ({first_line(error)}); is it complete, and a file of weights alone?"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("base"), dict):
-        raise UserError(
-            f"{path} holds what was tuned alone: give last.safetensors of the run once it is done, or export it"
-        )
+        raise UserError(f"{path} holds what was tuned alone: {instead}")
     state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a Lightning checkpoint or a plain state dict")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ssl_lab.errors import UserError
+from ssl_lab.nn.ffn import ratio
 from ssl_lab.weights.rename import Drop, Row, State, Table, Transposed
 from ssl_lab.weights.tables.hf_clip import IMAGE, TEXT
 
@@ -122,7 +123,7 @@ def arguments(facts: Mapping[str, Any], eos: int | None = None) -> dict[str, Any
             "width": image["dim"],
             "layers": image["depth"],
             "head_width": image["dim"] // image["num_heads"],
-            "mlp_ratio": image["hidden"] / image["dim"],
+            "mlp_ratio": ratio(image["hidden"], image["dim"]),
             "norm_kwargs": {"eps": image["eps"]},
         },
         "text_cfg": {
@@ -131,7 +132,7 @@ def arguments(facts: Mapping[str, Any], eos: int | None = None) -> dict[str, Any
             "width": text["dim"],
             "heads": text["num_heads"],
             "layers": text["depth"],
-            "mlp_ratio": text["hidden"] / text["dim"],
+            "mlp_ratio": ratio(text["hidden"], text["dim"]),
             "norm_kwargs": {"eps": text["eps"]},
             **({} if eos is None else {"pool_type": "eos", "eos_id": eos}),
         },
