@@ -50,6 +50,29 @@ def test_strides_do_not_matter(monkeypatch):
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-5)
 
 
+@onednn
+@pytest.mark.parametrize("slow", [False, True])
+def test_onednn_never_sees_gradients_with_gaps(slow, monkeypatch):
+    monkeypatch.setattr(module, "_SMALLEST", 1)
+    monkeypatch.setattr(module, "MKL_IS_SLOW", slow)
+    product, seen = module._product, []
+
+    def dense(x, weight, bias=None):
+        seen.append([x.is_contiguous() or x.t().is_contiguous(), weight.is_contiguous() or weight.t().is_contiguous()])
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(module, "_product", dense)
+    x = torch.randn(6, 16)[:, :8].requires_grad_()
+    weights = [torch.randn(12, 8, requires_grad=True) for _ in range(2)]
+    (
+        linear(x.clone(), weights[0]).sum() + torch.cat([linear(x.clone(), w) for w in weights], -1).square().sum()
+    ).backward()
+    assert len(seen) == (3 * 3 if slow else 3 * 2) and all(map(all, seen))
+    gaps = torch.randn(12, 16)[:, :8]
+    torch.testing.assert_close(linear(x, gaps), F.linear(x, gaps))
+    assert len(seen) == (3 * 3 if slow else 3 * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_precisions_and_small_maps_are_torchs_own(dtype):
     x, layer = torch.randn(3, 8, dtype=dtype), Linear(8, 4).to(dtype)

@@ -42,6 +42,8 @@ def _through_onednn(x: Tensor, weight: Tensor) -> torch.dtype | None:
         return None
     if x.numel() // weight.shape[1] * weight.shape[0] < _SMALLEST:
         return None
+    if not weight.is_contiguous() and not weight.t().is_contiguous():  # see `_OneDNN.backward`
+        return None
     if not torch.is_autocast_enabled("cpu"):
         return x.dtype if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) else None
     narrow = (torch.float32, torch.bfloat16)
@@ -77,10 +79,11 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        # oneDNN falls back to a loop a thousand times slower for rows with gaps, as a sum and a cat give gradients.
+        rows = grad.flatten(0, -2).contiguous()
         return (
-            _product(grad, weight.t()) if need_x else None,
-            _outer(rows, x.flatten(0, -2)) if need_weight else None,
+            _product(rows, weight.t()).view(x.shape) if need_x else None,
+            _outer(rows, x.flatten(0, -2).contiguous()) if need_weight else None,
             rows.sum(0) if need_bias else None,
             None,
         )
