@@ -123,6 +123,15 @@ def test_a_closed_terminal_leaves_the_jobs_to_slurm(monkeypatch, tmp_path):
     assert job.code() == 75
 
 
+def test_a_queue_that_cannot_be_asked_says_nothing_about_jobs(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    queue = launch_slurm.Queue()
+    job = launch_slurm.Submitted("7", tmp_path / "1.code", queue)
+    assert job.code() is None and queue.look() == (0, frozenset())
+    job.stop(signal.SIGTERM)
+    assert job.code() is None
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="runs shell scripts")
 def test_what_a_job_asks_for(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -132,14 +141,15 @@ def test_what_a_job_asks_for(monkeypatch, tmp_path):
     words = ["strategy=ddp", "trainer.devices=8", "trainer.num_nodes=2", "launcher=slurm"]
     words += ["launcher.options={partition: gpu, cpus_per_task: 4, time: '1-00:00:00', requeue: false}"]
     assert main(["-m", "experiment=mae_in1k", "data.path=x", "seed=1,2", *words]) == 0
-    text = Path(asked[1][2]).read_text()
+    scripts = [command[2] for command in asked if command[0] == "sbatch"]
+    text = Path(scripts[1]).read_text()
     told = re.findall("^#SBATCH --(.*)$", text, re.M)
     assert {"nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "cpus-per-task=4"} <= set(told)
     assert "time=1-00:00:00" in told and "requeue" not in told and "signal=USR1@120" in told
     assert re.search(
         r"^srun .* train experiment=mae_in1k data.path=x seed=2 strategy=ddp trainer.devices=8", text, re.M
     )
-    assert subprocess.run(["bash", "-n", asked[1][2]]).returncode == 0
+    assert subprocess.run(["bash", "-n", scripts[1]]).returncode == 0
 
 
 @pytest.mark.parametrize(

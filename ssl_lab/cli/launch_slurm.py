@@ -1,5 +1,6 @@
 """Jobs of a sweep on SLURM: a job script each, which puts itself back into the queue after a signal."""
 
+import contextlib
 import re
 import shlex
 import signal
@@ -106,9 +107,9 @@ class Queue:
         """How often the queue was asked, and the ids in it."""
         if time.monotonic() - self._asked >= _LOOK:
             self._asked = time.monotonic()
-            done = subprocess.run(["squeue", "--me", "-h", "-o", "%i"], capture_output=True, text=True, check=False)
-            if done.returncode == 0:  # a controller that does not answer says nothing about jobs
-                self._looks, self._known = self._looks + 1, frozenset(done.stdout.split())
+            with contextlib.suppress(OSError, UserError):  # a controller that does not answer says nothing about jobs
+                known = asked("squeue", "--me", "-h", "-o", "%i").split()
+                self._looks, self._known = self._looks + 1, frozenset(known)
         return self._looks, self._known
 
 
@@ -144,7 +145,8 @@ class Submitted:
         self.kill()
 
     def kill(self) -> None:
-        subprocess.run(["scancel", self.number], capture_output=True, check=False)
+        with contextlib.suppress(OSError, UserError):
+            asked("scancel", self.number)
 
 
 def asked(*command: str) -> str:
