@@ -104,6 +104,10 @@ def test_scores_made_some_samples_at_a_time_are_the_same(mask, biased, monkeypat
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     torch.testing.assert_close(found[0], found[1])
     assert "Cat" in str(out.grad_fn) and "Training" in str(found[0][0].grad_fn)
+    if biased:  # a bias that nobody needs afterwards, as relative attention gives it
+        leaves = [*tensors(kv_heads=2), bias.clone().requires_grad_()]
+        out = attend(*leaves[:3], mask, bias=leaves[3].expand(B, -1, -1, -1) * 1, overwrite_bias=True, kernel="eager")
+        torch.testing.assert_close([out, *torch.autograd.grad(out.square().sum(), leaves)], found[0])
 
 
 def test_padding_of_as_many_rows_as_queries_is_each_rows_own():

@@ -56,6 +56,7 @@ def _in_pieces(
     biases = [None] * count if bias is None else bias.split(rows)
     hiddens = [hidden] * count if hidden is None or len(hidden) == 1 else hidden.split(rows)
     parts = zip(q.split(rows), k.split(rows), v.split(rows), biases, hiddens, strict=True)
+    settings = (*settings[:-1], False)  # autograd lets nobody write into one of several views
     return torch.cat([_Training.apply(*part, *settings) for part in parts])
 
 
