@@ -17,6 +17,7 @@ from ssl_lab.nn.conv import ConvModule, ConvSubsampling, FrameNorm, depthwise
 from ssl_lab.nn.kernels import products
 from ssl_lab.nn.mask import AttnMask
 from ssl_lab.nn.mel import LogMel
+from ssl_lab.nn.prefix import Prefix
 from ssl_lab.nn.recipes import conformer_block
 from ssl_lab.nn.relative import RelativeAttention, position_bias, relative_waves
 from ssl_lab.nn.rope import rope_1d
@@ -103,6 +104,18 @@ def test_relative_attention_is_that_of_transformers(lines, size, monkeypatch):
     with pytest.raises(UserError, match="no score bias"):
         ours.kernel = "math"
         ours(x, Context(waves=waves))
+
+
+def test_pieces_that_a_prefix_makes_larger_are_divided_again(monkeypatch):
+    ours = RelativeAttention(DIM, HEADS).double()
+    ours.prefix = Prefix(3, HEADS, DIM // HEADS).double()
+    found, x = [], noise(4, 9, DIM)
+    for limit in (1 << 24, 2 * HEADS * 9 * 9 * 8 + 8):  # bytes: two samples without the prefix, one with it
+        monkeypatch.setattr(products, "AT_A_TIME", limit)
+        leaf = x.clone().requires_grad_()
+        out = ours(leaf, Context())
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaf)])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
